@@ -1,0 +1,84 @@
+"""From a configuration to an alignment objective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isqrt
+
+from vrpo.alignment.objective import Objective
+from vrpo.alignment.static import Contrastive, Irepa, Repa
+from vrpo.config import AlignConfig
+from vrpo.errors import ConfigError
+
+
+def default_depth(model_size: str, model_depth: int) -> int:
+    """Return the block, counted from 1, after which tokens are aligned by default.
+
+    8 for L and XL, 4 for S and B (arXiv 2410.06940), a third of the blocks for other sizes; never the last
+    block, after which none is left to generate.
+    """
+    depth = {"L": 8, "XL": 8, "S": 4, "B": 4}.get(model_size, round(model_depth / 3))
+    return max(1, min(depth, model_depth - 1))
+
+
+def build_objective(
+    config: AlignConfig,
+    *,
+    hidden_size: int,
+    model_depth: int,
+    model_size: str,
+    encoder_widths: Sequence[int],
+    tokens: int,
+    num_heads: int,
+) -> Objective:
+    """Return the objective that ``config`` names, for a transformer of ``model_depth`` blocks.
+
+    ``model_size`` is the size's letters (S, B, L, XL, Ti, N), ``encoder_widths`` the channels C_e of each
+    encoder, ``tokens`` the N of the trunk's grid. Raises ConfigError for blocks that the model does not have
+    and for grids that the objective cannot use.
+    """
+    name = config.objective
+    if name == "none":
+        return Objective()
+    if not encoder_widths:
+        raise ConfigError(
+            f"align.objective '{name}' needs an encoder: set encoder.name or align.objective none."
+        )
+    depths = config.depth or (default_depth(model_size, model_depth),)
+    check_depths("align.depth", depths, model_depth)
+    check_depths("align.haste.attention_depths", config.haste.attention_depths, model_depth)
+    if name == "vrpo":
+        from vrpo.alignment.vrpo import Vrpo
+
+        return Vrpo(
+            config, hidden_size=hidden_size, depths=depths, encoder_widths=encoder_widths, tokens=tokens
+        )
+    if name == "haste":
+        from vrpo.alignment.haste import Haste
+
+        return Haste(
+            config,
+            hidden_size=hidden_size,
+            depths=depths,
+            encoder_widths=encoder_widths,
+            num_heads=num_heads,
+        )
+    if name == "irepa" and isqrt(tokens) ** 2 != tokens:
+        raise ConfigError(
+            f"align.objective 'irepa' convolves over a square grid but the model has {tokens} tokens: "
+            "use square images, or align.objective repa."
+        )
+    kind = {"repa": Repa, "irepa": Irepa, "contrastive": Contrastive}[name]
+    return kind(config, hidden_size=hidden_size, depths=depths, encoder_widths=encoder_widths)
+
+
+def check_depths(field: str, depths: Sequence[int], model_depth: int) -> None:
+    """Raise ConfigError where one of ``depths`` is not a block of the model or repeats another."""
+    for depth in depths:
+        if not 1 <= depth <= model_depth:
+            closest = f"{model_depth}, the deepest" if depth > model_depth else "1, the first"
+            raise ConfigError(
+                f"{field} {depth} is not a block of this model, which has {model_depth}: use {closest}."
+            )
+    if len(set(depths)) < len(depths):
+        raise ConfigError(f"{field} {', '.join(map(str, depths))} names a block twice: name each once.")

@@ -1,0 +1,100 @@
+"""From the trunk's tokens to the encoder's feature space: projectors, and the unit sphere of the comparison.
+
+Precision: matrix products follow the ambient autocast where that is bfloat16, whose range is float32's. Under
+float16 autocast projectors run in float32 all the same, because a product that overflows normalises to NaN.
+Outputs, norms and everything after are float32 (float64 for float64 projectors).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from math import isqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """Return ``x`` scaled to unit length along its last dimension, in float32 or wider.
+
+    Vectors shorter than ``eps`` are divided by ``eps``, so that zero stays zero and gradients stay finite.
+    """
+    x = _widened(x)
+    return x / x.square().sum(-1, keepdim=True).clamp_min(eps * eps).sqrt()
+
+
+class MLPProjector(nn.Module):
+    """Linear-SiLU-Linear-SiLU-Linear on each token, (B, N, in_width) -> (B, N, out_width) (arXiv 2410.06940).
+
+    Weights start Xavier-uniform and biases at zero: in REPA's code the trunk's initialisation reaches them.
+    """
+
+    def __init__(self, in_width: int, out_width: int, width: int = 2048) -> None:
+        super().__init__()
+        self.first = nn.Linear(in_width, width)
+        self.second = nn.Linear(width, width)
+        self.last = nn.Linear(width, out_width)
+        for layer in (self.first, self.second, self.last):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the projected tokens in float32 (or the weights' wider type)."""
+        with _wide_range(h):
+            h = _like_weight(h, self.first.weight)
+            return _widened(self.last(F.silu(self.second(F.silu(self.first(h))))))
+
+    def jvp(self, h: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the output at ``h`` and its derivative along ``tangent``, in closed form."""
+        with _wide_range(h):
+            weight = self.first.weight
+            h, tangent = _like_weight(h, weight), _like_weight(tangent, weight)
+            h, tangent = _silu_jvp(self.first(h), F.linear(tangent, self.first.weight))
+            h, tangent = _silu_jvp(self.second(h), F.linear(tangent, self.second.weight))
+            return _widened(self.last(h)), _widened(F.linear(tangent, self.last.weight))
+
+
+class ConvProjector(nn.Module):
+    """One 3x3 convolution over the square grid of tokens, (B, N, in_width) -> (B, N, out_width).
+
+    Source: iREPA, arXiv 2512.10794; its code pads with zeros and keeps torch's own initialisation.
+    """
+
+    def __init__(self, in_width: int, out_width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_width, out_width, kernel_size=3, padding=1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the projected tokens in float32 (or the weights' wider type)."""
+        return self._convolve(h, self.conv.bias)
+
+    def jvp(self, h: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the output at ``h`` and its derivative along ``tangent``, in closed form."""
+        return self._convolve(h, self.conv.bias), self._convolve(tangent, None)
+
+    def _convolve(self, tokens: Tensor, bias: Tensor | None) -> Tensor:
+        side = isqrt(tokens.shape[1])
+        with _wide_range(tokens):
+            grid = _like_weight(tokens, self.conv.weight).transpose(1, 2).unflatten(2, (side, side))
+            return _widened(F.conv2d(grid, self.conv.weight, bias, padding=1).flatten(2).transpose(1, 2))
+
+
+def _silu_jvp(x: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
+    gate = torch.sigmoid(x)
+    return x * gate, tangent * gate * (1 + x * (1 - gate))
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _like_weight(x: Tensor, weight: Tensor) -> Tensor:
+    return x.to(weight.dtype)
+
+
+def _wide_range(x: Tensor) -> AbstractContextManager[object]:
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+        return torch.autocast(device, enabled=False)
+    return nullcontext()

@@ -1,0 +1,237 @@
+"""The configuration of a run: one typed tree, unknown keys refused, every field documented."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from tyro.constructors import PrimitiveConstructorSpec
+
+_SUFFIXES = {"k": 1_000, "M": 1_000_000, "B": 1_000_000_000}
+
+
+def parse_count(value: Any) -> Any:
+    """Read a count such as 512, "2M" or "1.5k"; other types are left for pydantic to refuse."""
+    if isinstance(value, str):
+        text = value.strip().replace("_", "").replace(",", "")
+        scale = _SUFFIXES.get(text[-1:], _SUFFIXES.get(text[-1:].upper(), 1) if text[-1:] in "mb" else 1)
+        digits = text[:-1] if scale != 1 else text
+        try:
+            number = float(digits) * scale
+        except ValueError:
+            raise ValueError("write a count such as 50000, 50k or 2M") from None
+        return int(number) if number.is_integer() else number
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, int | str) else value
+
+
+def _count_from_words(words: list[str]) -> int:
+    return int(parse_count(words[0]))
+
+
+Count = Annotated[
+    int,
+    BeforeValidator(parse_count),
+    Field(ge=0),
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="COUNT",
+        instance_from_str=_count_from_words,
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
+
+class Section(BaseModel):
+    """Base of every part of the tree."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+class DataConfig(Section):
+    """What is trained on: folders made by `vrpo prepare`."""
+
+    path: Path | None = Field(None, description="Prepared data set to train on.")
+    validation: Path | None = Field(None, description="Prepared data set for the held-out loss and as reference.")
+    flip: bool | None = Field(None, description="Mirror at random; None: as prepared.")
+    conditional: bool = Field(True, description="Train with class labels; False ignores them.")
+    prefetch: int = Field(4, ge=1, description="Batches prepared ahead of the trainer.")
+
+
+class ModelConfig(Section):
+    """The transformer. Input size, channels and classes come from the data."""
+
+    name: str = Field("SiT-S/4", description="KIND-SIZE/PATCH: SiT or DiT; N, Ti, S, B, L, XL; patch 1, 2, 4, 8.")
+    qk_norm: bool = Field(False, description="Normalise queries and keys.")
+    label_dropout: float = Field(0.1, ge=0, le=1, description="Share of labels replaced by the null class.")
+    checkpoint_blocks: bool = Field(False, description="Recompute block activations in the backward pass.")
+
+
+class DiffusionConfig(Section):
+    """The noising path of SiT; DiT always uses its discrete schedule of 1,000 steps."""
+
+    path: Literal["linear", "cosine", "vp"] = Field("linear", description="Interpolant between data and noise.")
+    time: Literal["uniform", "logit-normal"] = Field("uniform", description="Distribution of training times.")
+    logit_mean: float = Field(0.0, description="Mean of the logit-normal time distribution.")
+    logit_std: float = Field(1.0, gt=0, description="Standard deviation of the logit-normal time distribution.")
+
+
+class EncoderConfig(Section):
+    """A frozen encoder whose tokens are the alignment targets."""
+
+    name: str = Field(
+        "dinov2-vit-b", description="timm name, transformers:NAME_OR_PATH, dinov2-vit-{s,b,l,g}, or vrpo-conv."
+    )
+    weights: str | None = Field(None, description="Local weights file; None: the library's own; 'random'.")
+    feature: int | None = Field(None, description="Feature map of a convolutional network (index, may be < 0).")
+    input_size: int | None = Field(None, ge=8, description="Side its input is resized to; None: fits the grid.")
+    resample: bool = Field(True, description="Allow bicubic resampling of its token grid where no size fits.")
+    center: bool | None = Field(
+        None, description="Subtract the mean token; None: for convolutional networks only."
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 else.")
+    cache: bool = Field(False, description="Compute all tokens once and store them beside the data (fp16).")
+
+
+class HasteConfig(Section):
+    """HASTE (arXiv 2505.16792): attention alignment, and an end to all alignment."""
+
+    attention_weight: float = Field(0.5, ge=0, description="Weight of the attention-map alignment.")
+    attention_depths: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] = Field(
+        (), description="Blocks whose attention is aligned; empty: the two up to the alignment depth."
+    )
+    stop: Literal["fixed", "trigger"] = Field("fixed", description="End at a count of images or by the trigger.")
+    stop_images: Count = Field(0, description="Images after which alignment ends; 0: 40% of the budget.")
+    trigger_cosine: float = Field(
+        0.0, ge=-1, le=1, description="End when the running gradient cosine falls below."
+    )
+
+
+class VrpoConfig(Section):
+    """VRPO: the policy, its rewards and its trust region (docs/method.md)."""
+
+    mode: Literal["analytic", "sampled"] = Field("analytic", description="Closed form, or sampled actions.")
+    basis: Literal["informed", "isotropic"] = Field("informed", description="Directions that actions explore.")
+    group: int = Field(8, ge=2, description="Actions a token (G), in antithetic pairs.")
+    random_directions: int = Field(2, ge=0, description="Random tangent directions added to the informed basis.")
+    radius: float = Field(0.3, gt=0, description="Exploration radius s; kappa = 1/s^2.")
+    adapt_radius: bool = Field(True, description="Keep std(log rho) between 0.1 and 0.3 by adapting s.")
+    semantic: float | dict[str, float] = Field(1.0, description="Weight of the semantic reward.")
+    relational: float | dict[str, float] = Field(0.5, description="Weight of the relational reward.")
+    fidelity: float | dict[str, float] = Field(1.0, description="Weight of the fidelity reward.")
+    perceptual: float | dict[str, float] = Field(0.25, description="Weight of the perceptual reward.")
+    rewards: dict[str, float] = Field({}, description="Weights of further registered rewards, by name.")
+    advantage: Literal["agreement", "sum", "per-reward", "centred"] = Field(
+        "agreement", description="Group-relative normaliser."
+    )
+    sigma0: float = Field(0.25, ge=0, description="Floor of the advantage's denominator.")
+    clip_low: float = Field(0.2, ge=0, le=1, description="Ratio clip below one.")
+    clip_high: float = Field(0.28, ge=0, description="Ratio clip above one.")
+    warmup: float = Field(0.1, ge=0, le=1, description="Share of the budget over which alpha goes from 1 to 0.")
+    alpha_end: float = Field(0.0, ge=0, le=1, description="Share of REPA that stays after the warm-up.")
+    trust: float = Field(0.05, ge=0, description="beta, weight of the trust region to the old policy.")
+    old_decay: float = Field(0.99, ge=0, lt=1, description="EMA of the old policy's projector.")
+    gate: bool = Field(True, description="Turn alignment down where it disagrees with denoising, by time bin.")
+    gate_scale: float = Field(0.1, gt=0, description="c0: agreement at which the gate begins to close.")
+    gate_floor: float = Field(0.1, ge=0, le=1, description="The gate's smallest value.")
+    time_bins: int = Field(10, ge=1, description="Bins of time for statistics and gate.")
+    shuffle_advantages: bool = Field(False, description="Ablation: permute advantages within the group.")
+    noise_preferences: bool = Field(False, description="Ablation: random directions in place of preferences.")
+
+
+class AlignConfig(Section):
+    """The alignment objective."""
+
+    objective: Literal["none", "repa", "irepa", "contrastive", "haste", "vrpo"] = Field(
+        "repa", description="What is added to the denoising loss."
+    )
+    weight: float = Field(0.5, ge=0, description="lambda, weight of the alignment term.")
+    depth: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] = Field(
+        (), description="Blocks after which tokens are aligned; empty: 8 for L and XL, 4 for S and B, a third else."
+    )
+    projector_width: int = Field(2048, ge=1, description="Hidden width of the MLP projector.")
+    gamma: float = Field(0.6, ge=0, le=1, description="irepa: share of the mean token that is subtracted.")
+    temperature: float = Field(0.07, gt=0, description="contrastive: softmax temperature.")
+    haste: HasteConfig = HasteConfig()
+    vrpo: VrpoConfig = VrpoConfig()
+
+
+class TrainConfig(Section):
+    """The loop. Everything periodic is counted in images; 0 means never."""
+
+    images: Count = Field(2_000_000, gt=0, description="Budget: images to train on.")
+    batch_size: int = Field(256, ge=1, description="Images a step, over all processes.")
+    micro_batch: int = Field(0, ge=0, description="Images a forward pass; 0: the whole step at once.")
+    noisings: int = Field(1, ge=1, description="Noise levels drawn for each image of the batch.")
+    lr: float = Field(1e-4, gt=0, description="AdamW learning rate.")
+    lr_warmup: Count = Field(0, description="Images over which the learning rate rises from zero.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW moments.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    clip: float = Field(1.0, ge=0, description="Gradient norm limit; 0: none.")
+    ema: float = Field(0.9999, ge=0, lt=1, description="Decay of the averaged weights, warmed up.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Autocast precision of the trunk.")
+    compile: bool = Field(False, description="Compile each block.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    log_every: Count = Field(0, description="Images between telemetry records; 0: 50 steps.")
+    validate_every: Count = Field(0, description="Images between held-out losses.")
+    validation_images: Count = Field(1024, gt=0, description="Held-out images scored each time.")
+    sample_every: Count = Field(0, description="Images between sample grids.")
+    evaluate_every: Count = Field(0, description="Images between small evaluations of samples.")
+    checkpoint_every: Count = Field(0, description="Images between checkpoints; 0: at the end only.")
+    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept.")
+    stop_after_bad: int = Field(20, ge=1, description="Non-finite steps in a row that end the run.")
+
+
+class SampleConfig(Section):
+    """How samples are drawn during training, and by default afterwards."""
+
+    sampler: Literal["ode-euler", "ode-heun", "sde", "ddpm", "ddim"] = Field(
+        "ode-euler", description="Integrator."
+    )
+    steps: int = Field(50, ge=1, description="Integration steps.")
+    guidance_scale: float = Field(1.0, ge=0, description="1: no guidance.")
+    guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="Times in which guidance acts.")
+    rows: int = Field(8, ge=1, description="Rows of a grid.")
+    columns: int = Field(8, ge=1, description="Columns of a grid.")
+    batch_size: int = Field(256, ge=1, description="Images sampled at once.")
+
+
+class EvaluateConfig(Section):
+    """The small evaluation during training."""
+
+    features: str | None = Field(None, description="Feature network; None: no evaluation of samples.")
+    weights: str | None = Field(None, description="Its local weights file.")
+    input_size: int | None = Field(None, ge=8, description="Side its input is resized to; None: its own.")
+    samples: Count = Field(2_000, gt=1, description="Samples drawn.")
+    labels: Literal["balanced", "random"] = Field("balanced", description="Class labels of the samples.")
+    metrics: tuple[Literal["fd", "kid", "precision", "recall"], ...] = Field(
+        ("fd", "kid", "precision", "recall"), description="What is computed."
+    )
+
+
+class RunConfig(Section):
+    """A run, whole."""
+
+    name: str = Field("run", description="Name shown in reports.")
+    seed: int = Field(0, ge=0, description="Seed of order, noise, times, labels and initial weights.")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    more_encoders: tuple[EncoderConfig, ...] = Field((), description="Further encoders (in a file only).")
+    align: AlignConfig = AlignConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @property
+    def encoders(self) -> tuple[EncoderConfig, ...]:
+        """The encoders the objective needs: none for plain denoising."""
+        return () if self.align.objective == "none" else (self.encoder, *self.more_encoders)

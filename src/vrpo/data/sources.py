@@ -1,0 +1,343 @@
+"""Where images come from: folders, zip archives and arrays in memory, all in one deterministic order.
+
+A source lists its images without decoding any. Its order is the byte-wise order of their keys, so that the
+same files give the same data set on every machine. Another kind of source is one more row in
+``SOURCE_KINDS``.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vrpo.errors import DataError
+
+IMAGE_SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+_SPLIT_NAMES = frozenset({"dev", "test", "testing", "train", "training", "val", "valid", "validation"})
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One image of a source: its key and class, its encoded size in bytes, and where the opener finds it.
+
+    ``checksum`` is the CRC-32 of the content where the source has it at hand, otherwise 0.
+    """
+
+    key: str
+    label: int | None
+    size: int
+    location: str | int
+    checksum: int = 0
+
+
+class Opener(Protocol):
+    """What a worker process needs to read a source's images: small, picklable, and connected on first use."""
+
+    def connect(self) -> None:
+        """Open the container, if there is one; raises OSError or DataError where the whole source is gone."""
+
+    def open(self, entry: Entry) -> BinaryIO:
+        """Return the encoded image as a binary stream."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The images of ``path`` in byte-wise order of their keys.
+
+    ``class_names`` is empty where the images carry no labels; ``ignored`` counts files that are not images.
+    """
+
+    kind: str
+    path: Path
+    class_names: tuple[str, ...]
+    entries: Sequence[Entry]
+    ignored: int
+    opener: Opener
+
+    @property
+    def name(self) -> str:
+        """The last part of the path: what a manifest may say about where the data came from."""
+        return self.path.name
+
+    def open(self, entry: Entry) -> BinaryIO:
+        """Return the encoded image of ``entry`` as a binary stream."""
+        self.opener.connect()
+        return self.opener.open(entry)
+
+
+class SourceKind(NamedTuple):
+    """A row of the registry: which paths a kind of source takes, and how it lists them."""
+
+    name: str
+    accepts: Callable[[Path], bool]
+    open: Callable[[Path], Source]
+
+
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """List the images of an image folder or a zip archive.
+
+    Images lie either all at the top (unlabelled) or all in sub-folders (one class each, sorted by name,
+    whatever lies deeper); folders that wrap everything are skipped. Hidden files and ``__MACOSX`` are passed
+    over silently, files with other suffixes are counted. Raises DataError where there is nothing to read or
+    the layout is ambiguous.
+    """
+    location = Path(path).expanduser()
+    if not location.exists():
+        raise DataError(f"there is no '{location}': name a folder or a zip archive of images.")
+    location = location.resolve()
+    for kind in SOURCE_KINDS:
+        if kind.accepts(location):
+            return kind.open(location)
+    known = " or ".join(kind.name for kind in SOURCE_KINDS)
+    raise DataError(f"'{location}' is not a source that can be read: give a {known} of images.")
+
+
+class _File(NamedTuple):
+    key: str
+    size: int
+    location: str | int
+    checksum: int = 0
+
+    def entry(self, label: int | None) -> Entry:
+        return Entry(self.key, label, self.size, self.location, self.checksum)
+
+
+@dataclass
+class FolderOpener:
+    """Opens images below a folder by their relative path."""
+
+    root: Path
+
+    def connect(self) -> None:
+        """Check that the folder is still there."""
+        os.stat(self.root)
+
+    def open(self, entry: Entry) -> BinaryIO:
+        """Open one file."""
+        return open(os.path.join(self.root, str(entry.location)), "rb")
+
+
+@dataclass
+class ZipOpener:
+    """Opens members of a zip archive in place; every process has its own handle."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        self._archive: zipfile.ZipFile | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"path": self.path, "_archive": None}
+
+    def connect(self) -> None:
+        """Open the archive and read its directory, once."""
+        self._connected()
+
+    def open(self, entry: Entry) -> BinaryIO:
+        """Open one member as a stream; nothing is extracted to disk."""
+        archive = self._connected()
+        return cast(BinaryIO, archive.open(archive.infolist()[int(entry.location)]))
+
+    def _connected(self) -> zipfile.ZipFile:
+        if self._archive is None:
+            self._archive = _open_archive(self.path)
+        return self._archive
+
+
+@dataclass
+class ArrayOpener:
+    """Serves rows of an array as uncompressed Netpbm images, so that arrays take the same way as files."""
+
+    images: NDArray[np.uint8]
+
+    def connect(self) -> None:
+        """Nothing to open."""
+
+    def open(self, entry: Entry) -> BinaryIO:
+        """Return row ``entry.location`` as PGM (one channel) or PPM (three)."""
+        image = self.images[int(entry.location)]
+        height, width, channels = image.shape
+        magic = b"P5" if channels == 1 else b"P6"
+        return io.BytesIO(b"%s %d %d 255\n" % (magic, width, height) + np.ascontiguousarray(image).tobytes())
+
+
+def ArraySource(
+    images: NDArray[np.uint8],
+    labels: Sequence[int] | NDArray[np.integer] | None,
+    class_names: Sequence[str],
+    name: str,
+) -> Source:
+    """Return a source over images in memory: uint8 (N, H, W, 1 or 3), in the given order.
+
+    Raises DataError for another type or shape, or for a label without a class name.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or len(images) == 0:
+        raise DataError(
+            f"the images of '{name}' are {images.dtype} {images.shape}: "
+            "give uint8 (N, H, W, 1 or 3) with N > 0."
+        )
+    if labels is None:
+        numbers: list[int | None] = [None] * len(images)
+        class_names = ()
+    else:
+        numbers = [int(label) for label in labels]
+        if len(numbers) != len(images) or not set(numbers) <= set(range(len(class_names))):
+            raise DataError(
+                f"the labels of '{name}' must be one of 0..{len(class_names) - 1} for every image."
+            )
+    width = len(str(len(images) - 1))
+    entries = [
+        Entry(f"{i:0{width}d}", label, image.nbytes, i, zlib.crc32(image.tobytes()))
+        for i, (image, label) in enumerate(zip(images, numbers, strict=True))
+    ]
+    return Source("array", Path(name), tuple(class_names), entries, 0, ArrayOpener(images))
+
+
+def _open_folder(path: Path) -> Source:
+    files: list[_File] = []
+    ignored: Counter[str] = Counter()
+    for relative, size in _walk(path):
+        suffix = os.path.splitext(relative)[1].lower()
+        if suffix in IMAGE_SUFFIXES:
+            files.append(_File(_printable(relative.replace(os.sep, "/")), size, relative))
+        else:
+            ignored[suffix] += 1
+    return _arrange("folder", path, files, ignored, FolderOpener(path))
+
+
+def _walk(root: Path) -> Iterator[tuple[str, int]]:
+    """Yield (relative path, size) of visible files; links are followed, a link to its own ancestor is not."""
+
+    def visit(folder: str, prefix: str, ancestors: frozenset[tuple[int, int]]) -> Iterator[tuple[str, int]]:
+        status = os.stat(folder)
+        identity = (status.st_dev, status.st_ino)
+        if identity in ancestors:
+            return
+        with os.scandir(folder) as children:
+            for child in children:
+                if _hidden(child.name):
+                    continue
+                relative = os.path.join(prefix, child.name)
+                if child.is_dir():
+                    yield from visit(child.path, relative, ancestors | {identity})
+                elif child.is_file():
+                    yield relative, child.stat().st_size
+
+    try:
+        yield from visit(os.fspath(root), "", frozenset())
+    except PermissionError as error:
+        raise DataError(f"'{error.filename}' cannot be read: permission denied.") from error
+
+
+def _open_archive(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise DataError(
+            f"'{path}' is a damaged or incomplete zip archive ({error}): fetch it again."
+        ) from error
+
+
+def _open_zip(path: Path) -> Source:
+    files: list[_File] = []
+    ignored: Counter[str] = Counter()
+    seen: set[str] = set()
+    with _open_archive(path) as archive:
+        for index, member in enumerate(archive.infolist()):
+            key = _printable(member.filename.replace("\\", "/"))
+            _refuse_unsafe(path, key, member)
+            if key.endswith("/") or any(map(_hidden, key.split("/"))):
+                continue
+            suffix = os.path.splitext(key)[1].lower()
+            if suffix not in IMAGE_SUFFIXES:
+                ignored[suffix] += 1
+                continue
+            if key in seen:
+                raise DataError(f"'{path}' has two members named '{key}': pack it again with each name once.")
+            if member.flag_bits & 1:
+                raise DataError(f"'{path}' is encrypted (member '{key}'): pack it again without a password.")
+            seen.add(key)
+            files.append(_File(key, member.file_size, index, member.CRC))
+    return _arrange("zip", path, files, ignored, ZipOpener(path))
+
+
+def _refuse_unsafe(path: Path, key: str, member: zipfile.ZipInfo) -> None:
+    """Refuse members that would leave the archive's own folder: such an archive is damaged or hostile."""
+    if key.startswith("/") or key[1:2] == ":":
+        reason = "an absolute name"
+    elif ".." in key.split("/"):
+        reason = "a name with '..'"
+    elif stat.S_ISLNK(member.external_attr >> 16):
+        reason = "a symbolic link"
+    else:
+        return
+    raise DataError(f"'{path}' has a member that is {reason} ('{key}'): pack it again with plain files only.")
+
+
+def _arrange(kind: str, path: Path, files: list[_File], ignored: Counter[str], opener: Opener) -> Source:
+    if not files:
+        raise DataError(_nothing_found(path, ignored))
+    files.sort(key=lambda file: file.key.encode())
+    folders = [file.key.split("/")[:-1] for file in files]
+    depth = 0
+    # A folder that wraps everything is no class, as long as there are folders within it.
+    while all(len(f) > depth and f[depth] == folders[0][depth] for f in folders) and any(
+        len(f) > depth + 1 for f in folders
+    ):
+        depth += 1
+    loose = next((file.key for file, f in zip(files, folders, strict=True) if len(f) == depth), None)
+    if loose is not None and any(len(f) > depth for f in folders):
+        raise DataError(
+            f"'{path}' has images both beside and inside its sub-folders (such as '{loose}'): "
+            "put every image in a folder named after its class, or all of them in one folder."
+        )
+    if loose is not None:
+        entries = [file.entry(None) for file in files]
+        return Source(kind, path, (), entries, ignored.total(), opener)
+    names = sorted({f[depth] for f in folders}, key=str.encode)
+    if len(names) > 1 and _SPLIT_NAMES.issuperset(name.lower() for name in names):
+        raise DataError(
+            f"the folders of '{path}' are splits ({', '.join(names)}), not classes: "
+            f"prepare each split from a folder or zip of its own."
+        )
+    number = {name: i for i, name in enumerate(names)}
+    entries = [file.entry(number[f[depth]]) for file, f in zip(files, folders, strict=True)]
+    return Source(kind, path, tuple(names), entries, ignored.total(), opener)
+
+
+def _nothing_found(path: Path, ignored: Counter[str]) -> str:
+    if not ignored:
+        return f"'{path}' is empty: give a folder or zip archive of images."
+    suffixes = ", ".join(suffix or "no suffix" for suffix, _ in ignored.most_common(3))
+    files = f"{ignored.total():,} file{'s are' if ignored.total() > 1 else ' is'}"
+    return (
+        f"'{path}' holds no images: its {files} of other kinds ({suffixes}); give .png, .jpg or .webp files."
+    )
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _printable(name: str) -> str:
+    """Escape the bytes of a file name that are not UTF-8, so that keys can be printed and written as JSON."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+SOURCE_KINDS: tuple[SourceKind, ...] = (
+    SourceKind("folder", Path.is_dir, _open_folder),
+    SourceKind("zip", lambda path: path.suffix.lower() == ".zip" or zipfile.is_zipfile(path), _open_zip),
+)

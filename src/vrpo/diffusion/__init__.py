@@ -1,0 +1,1 @@
+"""Interpolation paths between data and noise, denoising losses, and samplers."""

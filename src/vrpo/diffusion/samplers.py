@@ -1,0 +1,245 @@
+"""Samplers: probability-flow ODE and reverse SDE for velocity networks, DDPM and DDIM for DiT.
+
+The state is integrated in float64; the network sees the dtype of the initial noise. Guidance is v_null + s
+(v_cond - v_null) (arXiv 2207.12598), inside a closed interval of times (arXiv 2404.07724).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vrpo.diffusion.noise import NoiseSource
+from vrpo.diffusion.paths import DiscretePath, Path, Quantity
+from vrpo.errors import ConfigError, nearest
+
+Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+StepCallback = Callable[[int, float, Tensor], None]
+
+FLOW_SAMPLERS = ("ode-euler", "ode-heun", "sde")
+DIT_SAMPLERS = ("ddpm", "ddim")
+
+# The SDE's diffusion coefficient vanishes at the data; its last step, without noise, starts here (REPA).
+SDE_LAST_TIME = 0.04
+
+# An interval's end must be met by a grid time that differs from it by rounding alone.
+_TIME_TOLERANCE = 1e-9
+
+
+class _Guided:
+    """A network under classifier-free guidance, with both halves in one batch inside the interval only."""
+
+    def __init__(
+        self,
+        network: Network,
+        noise: Tensor,
+        labels: Tensor | None,
+        scale: float,
+        interval: tuple[float, float],
+        null_label: int | None,
+        state_dtype: torch.dtype,
+    ) -> None:
+        self._network, self._labels, self._scale = network, labels, scale
+        self._batch, self._channels = noise.shape[:2]
+        self._input_dtype, self._state_dtype, self._device = noise.dtype, state_dtype, noise.device
+        self._low, self._high = interval[0] - _TIME_TOLERANCE, interval[1] + _TIME_TOLERANCE
+        if scale != 1.0:
+            if labels is None or null_label is None:
+                raise ConfigError(
+                    f"guidance_scale {scale} needs a model with a null class: set guidance_scale to 1."
+                )
+            self._both_labels = torch.cat([labels, torch.full_like(labels, null_label)])
+
+    def __call__(self, state: Tensor, t: float, unit_time: float) -> Tensor:
+        """Return the guided output at network time ``t``, guided where ``unit_time`` lies in the interval.
+
+        Channels beyond the state's (DiT's variance) are the conditional half's.
+        """
+        x = state.to(self._input_dtype)
+        if self._scale == 1.0 or not self._low <= unit_time <= self._high:
+            return self._network(x, self._times(self._batch, t), self._labels).to(self._state_dtype)
+        output = self._network(torch.cat([x, x]), self._times(2 * self._batch, t), self._both_labels)
+        conditional, null = output.to(self._state_dtype).chunk(2)
+        null_part, conditional_part = null[:, : self._channels], conditional[:, : self._channels]
+        guided = null_part + self._scale * (conditional_part - null_part)
+        return torch.cat([guided, conditional[:, self._channels :]], dim=1)
+
+    def _times(self, count: int, t: float) -> Tensor:
+        return torch.full((count,), t, dtype=self._input_dtype, device=self._device)
+
+
+@torch.no_grad()
+def sample(
+    network: Network,
+    noise: Tensor,
+    labels: Tensor | None,
+    *,
+    path: Path,
+    sampler: str,
+    steps: int,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    null_label: int | None = None,
+    noise_source: NoiseSource | None = None,
+    state_dtype: torch.dtype = torch.float64,
+    on_step: StepCallback | None = None,
+) -> Tensor:
+    """Return samples (B, C, H, W), in the dtype of ``noise``, from a velocity ``network(x, t, labels)``.
+
+    ``ode-euler`` and ``ode-heun`` take ``steps`` equal steps from t = 1 to 0; Heun evaluates the network
+    twice a step, except in its last, which is an Euler step. ``sde`` is Euler-Maruyama as in REPA (arXiv
+    2410.06940): ``steps`` evaluations, at times from 1 to 0.04, diffusion coefficient 2t, then a step to 0
+    without noise; it draws from ``noise_source``. Guidance applies to an evaluation whose own time lies in
+    the closed ``guidance_interval``. ``on_step(k, t, state)`` is called after step k = 1, 2, ... with the
+    time reached.
+
+    Raises ConfigError for an unknown sampler, too few steps, guidance without classes, or a missing noise
+    source.
+    """
+    _check(sampler, FLOW_SAMPLERS, steps, guidance_interval)
+    velocity = _Guided(
+        network, noise, labels, guidance_scale, guidance_interval, null_label, state_dtype=state_dtype
+    )
+    state = noise.to(state_dtype)
+    if sampler == "sde":
+        if noise_source is None:
+            raise ConfigError("the sampler 'sde' draws noise at every step: pass a noise_source.")
+        state = _euler_maruyama(velocity, state, path, steps, noise_source, on_step)
+    else:
+        state = _probability_flow(velocity, state, steps, sampler == "ode-heun", on_step)
+    return state.to(noise.dtype)
+
+
+def _probability_flow(
+    velocity: _Guided, state: Tensor, steps: int, heun: bool, on_step: StepCallback | None
+) -> Tensor:
+    times = [(steps - step) / steps for step in range(steps + 1)]
+    for step, (t, t_next) in enumerate(pairwise(times), start=1):
+        slope = velocity(state, t, t)
+        # Not at t = 0, where networks are not trained and the velocity of some paths diverges.
+        if heun and step < steps:
+            slope = (slope + velocity(state + (t_next - t) * slope, t_next, t_next)) / 2
+        state = state + (t_next - t) * slope
+        if on_step is not None:
+            on_step(step, t_next, state)
+    return state
+
+
+def _euler_maruyama(
+    velocity: _Guided,
+    state: Tensor,
+    path: Path,
+    steps: int,
+    noise_source: NoiseSource,
+    on_step: StepCallback | None,
+) -> Tensor:
+    times = [*torch.linspace(1.0, SDE_LAST_TIME, steps, dtype=torch.float64).tolist(), 0.0]
+    for step, (t, t_next) in enumerate(pairwise(times), start=1):
+        diffusion = 2 * t
+        # The score is affine in the velocity, so guiding the velocity guides the drift by the same scale.
+        value = velocity(state, t, t)
+        time = torch.full((), t, dtype=state.dtype, device=state.device)
+        score = path.convert(value, state, time, Quantity.VELOCITY, Quantity.SCORE)
+        state = state + (t_next - t) * (value - 0.5 * diffusion * score)
+        if step < steps:
+            state = state + (diffusion * (t - t_next)) ** 0.5 * noise_source.step().to(state.dtype)
+        if on_step is not None:
+            on_step(step, t_next, state)
+    return state
+
+
+@torch.no_grad()
+def sample_dit(
+    network: Network,
+    noise: Tensor,
+    labels: Tensor | None,
+    *,
+    sampler: str,
+    steps: int,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    null_label: int | None = None,
+    noise_source: NoiseSource | None = None,
+    state_dtype: torch.dtype = torch.float64,
+    on_step: StepCallback | None = None,
+) -> Tensor:
+    """Return samples (B, C, H, W), in the dtype of ``noise``, from a DiT ``network(x, t, labels)``.
+
+    The network is given step numbers 0 to 999 as floats, and predicts (B, 2 C, H, W): the noise and the
+    position of the log-variance in its range. ``ddpm`` visits ``steps`` of the 1000 steps, evenly spaced with
+    both ends (ADM's respacing), with the learned variance, and draws from ``noise_source.generators``;
+    ``ddim`` is deterministic, ignores the variance, and its ``steps`` must divide 1000. Guidance, its
+    interval (of t / 999) and ``on_step`` are as in `sample`; guidance leaves the variance as the conditional
+    half predicts it, as DiT does.
+
+    Raises ConfigError as `sample` does, and for a number of steps that the schedule cannot take.
+    """
+    _check(sampler, DIT_SAMPLERS, steps, guidance_interval)
+    path = DiscretePath()
+    output = _Guided(
+        network, noise, labels, guidance_scale, guidance_interval, null_label, state_dtype=state_dtype
+    )
+    scheduler, options = _scheduler(sampler, steps, path, noise_source)
+    channels = noise.shape[1]
+    state = noise.to(state_dtype)
+    timesteps = [int(t) for t in scheduler.timesteps]
+    for step, t in enumerate(timesteps, start=1):
+        value = output(state, float(t), t / (path.steps - 1))
+        if sampler == "ddim":
+            value = value[:, :channels]
+        state = scheduler.step(value, t, state, return_dict=False, **options)[0]
+        if on_step is not None:
+            reached = timesteps[step] / (path.steps - 1) if step < len(timesteps) else 0.0
+            on_step(step, reached, state)
+    return state.to(noise.dtype)
+
+
+def _scheduler(
+    sampler: str, steps: int, path: DiscretePath, noise_source: NoiseSource | None
+) -> tuple[Any, dict[str, Any]]:
+    """Return diffusers' scheduler, set to ``steps`` steps, and the options of its every step."""
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    scheduler: Any
+    last = path.steps - 1
+    if sampler == "ddim":
+        if path.steps % steps:
+            divisors = [n for n in range(1, path.steps + 1) if path.steps % n == 0]
+            closest = min(divisors, key=lambda n: abs(n - steps))
+            raise ConfigError(
+                f"the sampler 'ddim' cannot take {steps} steps of {path.steps}: take {closest}."
+            )
+        scheduler = DDIMScheduler(num_train_timesteps=path.steps, clip_sample=False)
+        scheduler.set_timesteps(steps)
+        options: dict[str, Any] = {}
+    else:
+        if noise_source is None:
+            raise ConfigError("the sampler 'ddpm' draws noise at every step: pass a noise_source.")
+        if steps > path.steps:
+            raise ConfigError(
+                f"the sampler 'ddpm' cannot take {steps} steps of {path.steps}: take {path.steps}."
+            )
+        scheduler = DDPMScheduler(
+            num_train_timesteps=path.steps, clip_sample=False, variance_type="learned_range"
+        )
+        visited = [round(last - last * k / (steps - 1)) for k in range(steps)] if steps > 1 else [last]
+        scheduler.set_timesteps(timesteps=visited)
+        options = {"generator": noise_source.generators}
+    # diffusers keeps float32 products, which are off by up to 3e-4 in 1 - alpha_bar near the data.
+    scheduler.alphas_cumprod = path.tables.alpha_bars
+    return scheduler, options
+
+
+def _check(sampler: str, choices: tuple[str, ...], steps: int, interval: tuple[float, float]) -> None:
+    if sampler not in choices:
+        raise ConfigError(f"this model has no sampler called '{sampler}': {nearest(sampler, choices)}")
+    if steps < 1:
+        raise ConfigError(f"sampling takes at least one step, not {steps}: set steps to 1 or more.")
+    if interval[0] > interval[1]:
+        raise ConfigError(
+            f"guidance_interval {interval} ends before it starts: give (low, high), with 0 at the data."
+        )

@@ -1,0 +1,90 @@
+"""Progress on a terminal, with an estimate; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vrpo.training.trainer import Report
+
+PLAIN_SECONDS = 10.0
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as "1:02:03" or "2:03"."""
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+class TrainingDisplay:
+    """A line that says where training is: images, losses, speed, time left."""
+
+    def __init__(self, label: str = "") -> None:
+        self.label = label
+        self._live: Any = None
+        self._task: Any = None
+        self._last = 0.0
+        self._terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> TrainingDisplay:
+        if self._terminal:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TextColumn("{task.fields[detail]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, sentence: str) -> None:
+        """Print one sentence above the line."""
+        if self._live is not None:
+            self._live.console.print(sentence, markup=False, highlight=False)
+        else:
+            print(sentence, file=sys.stderr, flush=True)
+
+    def report(self, report: Report) -> None:
+        """Show a telemetry record."""
+        record = report.record
+        loss = record.get("denoising")
+        detail = f"{report.images:,} of {report.budget:,} images  loss " + ("-" if loss is None else f"{loss:.4f}")
+        if record.get("alignment") is not None:
+            detail += f"  alignment {record['alignment']:.3f}"
+        speed = record["images_per_second"]
+        detail += f"  {speed:,.0f} images/s"
+        if record.get("skipped"):
+            detail += f"  {record['skipped']} steps skipped (not finite)"
+        self._show(self.label or "training", report.images, report.budget, detail, speed)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Show how far a preparation is."""
+        self._show(what, done, total, f"{done:,} of {total:,}", 0.0)
+
+    def _show(self, what: str, done: int, total: int, detail: str, speed: float) -> None:
+        if self._live is not None:
+            if self._task is None:
+                self._task = self._live.add_task(what, total=total, detail=detail)
+            self._live.update(self._task, description=what, completed=min(done, total), total=total, detail=detail)
+            return
+        now = time.monotonic()
+        if now - self._last < PLAIN_SECONDS and done < total:
+            return
+        self._last = now
+        left = f"  {clock((total - done) / speed)} left" if speed and done < total else ""
+        print(f"{what}: {detail}{left}", file=sys.stderr, flush=True)

@@ -1,0 +1,39 @@
+"""Errors a user can cause: each is one sentence that says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VrpoError(Exception):
+    """Base of every error that the command line prints as one sentence, without a traceback."""
+
+    exit_code = 2
+
+
+class ConfigError(VrpoError):
+    """A configuration that cannot be trained."""
+
+
+class DataError(VrpoError):
+    """A source, a prepared data set or an image that cannot be used."""
+
+
+class CheckpointError(VrpoError):
+    """Weights or a checkpoint that are missing, damaged, or of another architecture."""
+
+
+class EvaluationError(VrpoError):
+    """Samples, references or features that cannot be scored."""
+
+
+def nearest(value: object, choices: Iterable[object]) -> str:
+    """Return a clause that names the valid choice closest to ``value``, or lists the choices."""
+    names = [str(choice) for choice in choices]
+    match = difflib.get_close_matches(str(value), names, n=1, cutoff=0.6)
+    if match:
+        return f"did you mean '{match[0]}'?"
+    if len(names) > 12:
+        names = [*names[:12], "..."]
+    return "choose one of: " + ", ".join(names) + "."

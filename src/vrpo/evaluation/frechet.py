@@ -1,0 +1,209 @@
+"""Frechet distance between Gaussians fitted to feature sets, from moments that stream and merge."""
+
+from __future__ import annotations
+
+import copy
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vrpo.errors import EvaluationError
+
+Array = NDArray[np.float64]
+
+# Rows are folded into the moments in blocks of this fixed size, so the sums do not depend on how a caller batches.
+_BLOCK = 4096
+
+
+class _Moments(NamedTuple):
+    count: int
+    mean: Array
+    scatter: Array
+
+
+class FeatureStatistics:
+    """Mean and covariance of a stream of feature vectors, in float64.
+
+    Blocks are centred on their own mean and joined by the pairwise update of Chan, Golub and LeVeque (1979, eq. 2.1),
+    so a large common offset costs no digits. The rows of a set that fits one block are kept: with fewer
+    samples than dimensions, the distance uses them instead of a singular covariance.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[Array] = []
+        self._pending = 0
+        self._folded: _Moments | None = None
+        self._count_known = True
+
+    @classmethod
+    def from_moments(cls, mean: Array, covariance: Array, count: int | None = None) -> FeatureStatistics:
+        """Build statistics from a mean (D,) and covariance (D, D); ``count`` is None where it was not recorded."""
+        mean = np.array(mean, dtype=np.float64)
+        covariance = np.array(covariance, dtype=np.float64)
+        if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
+            raise EvaluationError(
+                f"Statistics have a mean of shape {mean.shape} and a covariance of shape {covariance.shape}; "
+                "give a mean (D,) and a covariance (D, D)."
+            )
+        statistics = cls()
+        statistics._count_known = count is not None
+        # Without a count, 2 makes the scatter the covariance itself, which is all that a distance needs.
+        total = 2 if count is None else count
+        statistics._folded = _Moments(total, mean, covariance * (total - 1))
+        return statistics
+
+    @property
+    def count(self) -> int | None:
+        """Number of feature vectors seen, or None where loaded statistics do not say."""
+        if not self._count_known:
+            return None
+        return self._pending + (self._folded.count if self._folded else 0)
+
+    @property
+    def width(self) -> int:
+        """Number of feature dimensions, 0 before the first update."""
+        if self._folded:
+            return self._folded.mean.size
+        return self._rows[0].shape[1] if self._rows else 0
+
+    @property
+    def mean(self) -> Array:
+        """Mean of the features, (D,)."""
+        return self._moments().mean
+
+    @property
+    def covariance(self) -> Array:
+        """Unbiased covariance of the features, (D, D), as ``numpy.cov(rowvar=False)``."""
+        count, _, scatter = self._moments()
+        return scatter / (count - 1)
+
+    def update(self, features: torch.Tensor | NDArray) -> None:
+        """Add feature vectors (B, D) of any float type; raises EvaluationError on NaN, infinity or another width."""
+        if isinstance(features, torch.Tensor):
+            features = features.detach().cpu().numpy()
+        rows = np.array(features, dtype=np.float64)
+        if rows.ndim != 2 or (self.width and rows.shape[1] != self.width):
+            raise EvaluationError(
+                f"Features of shape {rows.shape} cannot join statistics of {self.width or 'D'} dimensions; "
+                "give a matrix (samples, dimensions) from one network."
+            )
+        if not self._count_known:
+            raise EvaluationError(
+                "Statistics without a sample count cannot be extended; compute them afresh."
+            )
+        _require_finite(rows)
+        start = 0
+        while start < len(rows):
+            if self._pending == _BLOCK:
+                self._fold()
+            taken = rows[start : start + _BLOCK - self._pending]
+            self._rows.append(taken)
+            self._pending += len(taken)
+            start += len(taken)
+
+    def merge(self, other: FeatureStatistics) -> None:
+        """Add all that ``other`` has seen, as after the streams of several processes; ``other`` is unchanged."""
+        if not (self._count_known and other._count_known):
+            raise EvaluationError("Statistics without a sample count cannot be merged; compute them afresh.")
+        if self.width and other.width and self.width != other.width:
+            raise EvaluationError(
+                f"Statistics of {self.width} and {other.width} dimensions cannot be merged; use one network for both."
+            )
+        if other._folded:
+            self._folded = _joined(self._folded, other._folded)
+        for rows in other._rows:
+            self.update(rows)
+
+    def save(self, path: Path | str, **fields: object) -> None:
+        """Write an ``.npz`` with ``mu`` and ``sigma``, as ADM reference files name them, and further arrays or scalars."""
+        entries = {name: np.array(value) for name, value in fields.items()}
+        if self.count is not None:
+            entries["count"] = np.array(self.count)
+        with open(path, "wb") as file:
+            np.savez(file, mu=self.mean, sigma=self.covariance, **entries)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: Path | str) -> FeatureStatistics:
+        """Read statistics written by `save` or an ADM reference ``.npz``; raises EvaluationError without them."""
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                count = int(archive["count"]) if "count" in archive else None
+                statistics = cls.from_moments(archive["mu"], archive["sigma"], count)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise EvaluationError(
+                f"{path} holds no readable 'mu' and 'sigma' arrays; give an .npz of feature statistics."
+            ) from error
+        _require_finite(statistics.mean, statistics.covariance)
+        return statistics
+
+    def factor(self) -> Array:
+        """Return A (D, r) with A A^T equal to the covariance and r its numerical rank."""
+        count, mean, scatter = self._moments()
+        if not self._folded and count <= self.width:
+            # The centred rows are an exact factor, where eigenvalues of the singular covariance would add noise.
+            return (np.concatenate(self._rows) - mean).T / np.sqrt(count - 1)
+        values, vectors = np.linalg.eigh(scatter / (count - 1))
+        # Below this, an eigenvalue is rounding error of the sums; its square root would not be negligible.
+        keep = values > values[-1] * values.size * np.finfo(np.float64).eps
+        if self._count_known:
+            keep[: max(0, values.size - (count - 1))] = False
+        return vectors[:, keep] * np.sqrt(values[keep])
+
+    def _moments(self) -> _Moments:
+        whole = copy.copy(self)
+        whole._fold()
+        if whole._folded is None or whole._folded.count < 2:
+            raise EvaluationError(
+                f"A covariance needs at least 2 samples and {self.count} were given; sample more images."
+            )
+        return whole._folded
+
+    def _fold(self) -> None:
+        if not self._pending:
+            return
+        rows = np.concatenate(self._rows)
+        mean = rows.mean(axis=0)
+        rows -= mean
+        # numpy multiplies a matrix by its own transpose as a symmetric update: half the work, exactly symmetric.
+        self._folded = _joined(self._folded, _Moments(self._pending, mean, rows.T @ rows))
+        self._rows, self._pending = [], 0
+
+
+def _joined(first: _Moments | None, second: _Moments) -> _Moments:
+    if first is None:
+        return second
+    count = first.count + second.count
+    shift = second.mean - first.mean
+    spread = np.outer(shift, shift) * (first.count * second.count / count)
+    return _Moments(
+        count, first.mean + shift * (second.count / count), first.scatter + second.scatter + spread
+    )
+
+
+def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
+    """Return |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Dowson and Landau 1982, eq. 4), in squared feature units.
+
+    With C = A A^T, the trace of the root is the sum of the singular values of A1^T A2: the square roots of the
+    eigenvalues of the symmetric product C1^(1/2) C2 C1^(1/2), without squaring them first, so zero eigenvalues
+    stay at rounding error. Raises EvaluationError for sets of different width.
+    """
+    if first.width != second.width:
+        raise EvaluationError(
+            f"Features of {first.width} and {second.width} dimensions cannot be compared; use one network for both."
+        )
+    left, right = first.factor(), second.factor()
+    overlap = np.linalg.svd(left.T @ right, compute_uv=False).sum() if left.size and right.size else 0.0
+    shift = first.mean - second.mean
+    distance = shift @ shift + np.vdot(left, left) + np.vdot(right, right) - 2 * overlap
+    return max(0.0, float(distance))
+
+
+def _require_finite(*arrays: Array) -> None:
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise EvaluationError(
+            "Features contain NaN or infinite values; check the feature network's weights and the sampled images."
+        )

@@ -1,0 +1,169 @@
+"""The protocol of an evaluation: everything a metric's value depends on besides the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from vrpo.evaluation.features import FeatureNetwork
+
+IMAGE_CONVERSION = "uint8: floor of clamp(127.5 x + 128, 0, 255)"
+INCEPTION = "inception"
+
+_METRIC_NAMES = {
+    "fd": "FD",
+    "kid": "KID",
+    "precision": "Precision",
+    "recall": "Recall",
+}
+# The first pattern that a network's name contains gives its friendly name.
+_NETWORK_NAMES = (
+    (r"efficientnet_lite(\d)", r"EfficientNet-Lite\1"),
+    (r"efficientnetv2_(\w)", r"EfficientNetV2-\1"),
+    (r"efficientnet_b(\d)", r"EfficientNet-B\1"),
+    (r"mobilenetv(\d)", r"MobileNetV\1"),
+    (r"mobileclip", "MobileCLIP"),
+    (r"convnextv2", "ConvNeXtV2"),
+    (r"convnext", "ConvNeXt"),
+    (r"dino[-_]?v?(\d)", r"DINOv\1"),
+    (r"dino", "DINO"),
+    (r"siglip", "SigLIP"),
+    (r"clip", "CLIP"),
+    (r"resnet(\d+)", r"ResNet-\1"),
+    (r"vrpo-conv", "vrpo-conv"),
+)
+
+
+@dataclass(frozen=True)
+class ReferenceRecord:
+    """The images that samples are compared with; ``count`` is None where loaded statistics do not say."""
+
+    name: str
+    count: int | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class FeaturesRecord:
+    """The feature network: friendly name, architecture, hash of the weights, input side in pixels, arithmetic."""
+
+    name: str
+    architecture: str
+    weights_hash: str
+    input_size: int
+    precision: str = "float32"
+
+    @classmethod
+    def of(cls, network: FeatureNetwork) -> FeaturesRecord:
+        """Describe a loaded network."""
+        precision = str(getattr(network, "dtype", "float32")).removeprefix("torch.")
+        label = network_label(network.name)
+        return cls(label, network.name, network.weights_hash, network.input_size, precision)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What to state beside every metric; None where images came without a record of how they were sampled.
+
+    ``kid`` and ``manifold`` hold the settings of those metrics where they were computed.
+    """
+
+    sample_count: int
+    reference: ReferenceRecord
+    features: FeaturesRecord
+    sampler: str | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    label_policy: str | None = None
+    decoder: str | None = None
+    weights: Literal["ema", "raw"] | None = None
+    seed: int | None = None
+    image_conversion: str = IMAGE_CONVERSION
+    kid: Mapping[str, int] = field(default_factory=dict)
+    manifold: Mapping[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as nested dictionaries ready for JSON."""
+        record = asdict(self)
+        if self.guidance_interval is not None:
+            record["guidance_interval"] = list(self.guidance_interval)
+        return record
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Protocol:
+        """Return the protocol that `to_dict` wrote."""
+        fields = dict(record)
+        fields["reference"] = ReferenceRecord(**fields["reference"])
+        fields["features"] = FeaturesRecord(**fields["features"])
+        if fields.get("guidance_interval") is not None:
+            fields["guidance_interval"] = tuple(fields["guidance_interval"])
+        return cls(**fields)
+
+    def line(self) -> str:
+        """Render the protocol in one line."""
+        reference, features = self.reference, self.features
+        size = "unknown number of" if reference.count is None else f"{reference.count:,}"
+        precision = "" if features.precision == "float32" else f", {features.precision}"
+        parts = [
+            f"{self.sample_count:,} samples",
+            self._sampling(),
+            f"reference {reference.name} ({size} images, {reference.fingerprint[:12]})",
+            f"features {features.name} ({features.architecture}) at {features.input_size} px, "
+            f"weights {features.weights_hash[:12]}{precision}",
+            self.image_conversion,
+        ]
+        if self.kid:
+            parts.append("KID over {subsets} subsets of {subset_size}, seed {seed}".format(**self.kid))
+        if self.manifold:
+            parts.append(
+                "manifolds of {samples:,} samples and {reference:,} reference images, k = {neighbours}".format(
+                    **self.manifold
+                )
+            )
+        return "; ".join(parts)
+
+    def _sampling(self) -> str:
+        if self.sampler is None:
+            return "sampler not recorded"
+        text = self.sampler if self.steps is None else f"{self.sampler}, {self.steps} steps"
+        if self.guidance_scale is None or self.guidance_scale == 1.0:
+            text += ", no guidance"
+        else:
+            text += f", guidance {self.guidance_scale:g}"
+            if self.guidance_interval is not None:
+                text += " on [{:g}, {:g}]".format(*self.guidance_interval)
+        if self.label_policy is not None:
+            text += f", labels {self.label_policy}"
+        if self.decoder is not None:
+            text += f", decoder {self.decoder}"
+        if self.weights is not None:
+            text += f", {'EMA' if self.weights == 'ema' else self.weights} weights"
+        if self.seed is not None:
+            text += f", seed {self.seed}"
+        return text
+
+
+def network_label(name: str) -> str:
+    """Return the friendly name of a feature network, such as ``MobileNetV2`` for ``mobilenetv2_100``."""
+    if name == INCEPTION:
+        return "Inception"
+    lowered = name.lower()
+    for pattern, label in _NETWORK_NAMES:
+        if match := re.search(pattern, lowered):
+            return match.expand(label)
+    return name
+
+
+def metric_label(metric: str, network: str) -> str:
+    """Return the printed name of a metric, such as ``FD-MobileNetV2``.
+
+    Only a distance in the ADM suite's Inception features may be called FID or plain KID.
+    """
+    if network == INCEPTION:
+        return "FID" if metric == "fd" else _METRIC_NAMES[metric]
+    name = _METRIC_NAMES[metric]
+    return f"{name}-{network_label(network)}" if metric in ("fd", "kid") else name

@@ -1,0 +1,97 @@
+"""Files that are whole or absent: atomic writes, hashes, and safetensors with one-sentence errors."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vrpo.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file at once: a reader sees the old content or the new, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` survive a loss of power, where the system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # not possible on Windows
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to a safetensors file and wait until it is on disk."""
+    from safetensors.torch import save_file
+
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path, metadata)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise CheckpointError(f"there are no weights at {path}: give the path of a safetensors file.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: use another copy.") from error
+
+
+def load_into(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+    """Load tensors into a module of the same architecture.
+
+    Raises:
+        CheckpointError: names or shapes differ; the first difference is named.
+    """
+    own = module.state_dict()
+    for name in sorted(set(own) | set(tensors)):
+        if name not in tensors or name not in own or own[name].shape != tensors[name].shape:
+            have = tuple(tensors[name].shape) if name in tensors else "nothing"
+            want = tuple(own[name].shape) if name in own else "nothing"
+            raise CheckpointError(
+                f"{what} is of another architecture: '{name}' holds {have} where this configuration has {want}; "
+                "train with the configuration that made it."
+            )
+    module.load_state_dict(tensors)
+
+
+def explain_os_error(error: Exception) -> str:
+    """Return the reason of a failed write in words a user can act on."""
+    number = getattr(error, "errno", None)
+    if number == errno.ENOSPC or "No space left" in str(error):
+        return "no space is left on the device"
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,1 @@
+"""The diffusion transformers and their weights."""

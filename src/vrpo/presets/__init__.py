@@ -1,0 +1,1 @@
+"""Published and small recipes, as YAML: `vrpo presets` lists them."""

@@ -1,0 +1,1 @@
+"""Comparing runs: speed-up at equal quality, intervals over seeds, and one self-contained HTML report."""

@@ -1,0 +1,141 @@
+"""Runs that differ only in their seed, grouped and labelled, and what else differs between the groups."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from vrpo.errors import DataError, nearest
+from vrpo.report import formats
+from vrpo.report.curves import Curve
+from vrpo.report.measures import Cost, Measure, measure_curves, training_cost
+from vrpo.runs import Run, flatten
+
+# Where a run is written and what it is called do not make it another experiment.
+_PLACES = {"name", "out", "output", "output_dir", "run_dir", "resume"}
+_OBJECTIVE_SECTIONS = ("align.", "encoder.", "more_encoders.")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ only in their seed."""
+
+    label: str
+    objective: str
+    runs: tuple[Run, ...]
+
+    @cached_property
+    def curves(self) -> tuple[dict[Measure, Curve], ...]:
+        """The measured curves of each run, in the order of ``runs``."""
+        return tuple(measure_curves(run) for run in self.runs)
+
+    @cached_property
+    def costs(self) -> tuple[Cost, ...]:
+        """What each run's training took, in the order of ``runs``."""
+        return tuple(training_cost(run) for run in self.runs)
+
+    @property
+    def seeds(self) -> tuple[int | None, ...]:
+        """The runs' seeds, in the order of ``runs``."""
+        return tuple(run.seed for run in self.runs)
+
+    def curves_of(self, measure: Measure) -> dict[int | None, Curve]:
+        """Return the curves of one measure by seed, for the runs that have it."""
+        return {
+            seed: curves[measure]
+            for seed, curves in zip(self.seeds, self.curves, strict=True)
+            if measure in curves
+        }
+
+    def cost(self, name: str) -> float | None:
+        """Return the mean over seeds of one entry of the cost, None where no run logged it."""
+        values = [value for cost in self.costs if (value := getattr(cost, name)) is not None]
+        return math.fsum(values) / len(values) if values else None
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """Return what makes a run the experiment it is: its configuration without seeds, names and output places.
+
+    Data sets are known by fingerprint where the run recorded one, not by where they lie.
+    """
+    leaves = {
+        key: value
+        for key, value in flatten(run.config).items()
+        if key not in _PLACES and key.split(".")[-1] != "seed"
+    }
+    fingerprint = (run.info.get("data") or {}).get("fingerprint")
+    if fingerprint and "data.path" in leaves:
+        leaves["data.path"] = f"data {str(fingerprint)[:12]}"
+    return leaves
+
+
+def group_runs(runs: Sequence[Run]) -> tuple[tuple[Group, ...], list[str]]:
+    """Group runs that differ only in seed, and say which runs repeat another's seed."""
+    members: dict[str, list[Run]] = {}
+    repeated = []
+    for run in runs:
+        key = json.dumps([run.objective, identity(run)], sort_keys=True, default=str)
+        same = members.setdefault(key, [])
+        if run.seed in [other.seed for other in same]:
+            repeated.append(f"{run.path.name} repeats another run's configuration and seed and is left out.")
+        else:
+            same.append(run)
+    return tuple(_labelled(list(members.values()))), repeated
+
+
+def _labelled(members: list[list[Run]]) -> list[Group]:
+    groups: list[Group] = []
+    for runs in members:
+        objective = runs[0].objective
+        rivals = [identity(other[0]) for other in members if other[0].objective == objective]
+        details = []
+        for key, value in identity(runs[0]).items():
+            usual = Counter(repr(rival.get(key)) for rival in rivals).most_common(1)[0][0]
+            if repr(value) != usual:
+                details.append(f"{key.split('.')[-1].replace('_', ' ')} {formats.plain(value)}")
+        label = f"{objective} ({', '.join(details)})" if 0 < len(details) <= 2 else objective
+        taken = {group.label for group in groups}
+        for candidate in (label, f"{objective} ({runs[0].name})", f"{objective} ({runs[0].path.name})"):
+            label = candidate
+            if candidate not in taken and not (candidate == objective and details):
+                break
+        while label in taken:
+            label += "'"
+        groups.append(Group(label, objective, tuple(sorted(runs, key=lambda run: run.seed or 0))))
+    return groups
+
+
+def choose_baseline(groups: Sequence[Group], wanted: str | None) -> Group:
+    """Return the group that others are compared to: the wanted one, else none, else repa, else the first.
+
+    Raises DataError for a label or objective that is not there.
+    """
+    for name in (wanted,) if wanted else ("none", "repa"):
+        for group in groups:
+            if name in (group.label, group.objective):
+                return group
+    if wanted:
+        labels = [group.label for group in groups]
+        raise DataError(f"no run to serve as baseline '{wanted}': {nearest(wanted, labels)}")
+    return groups[0]
+
+
+def config_differences(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
+    """Return each configuration key that differs between groups, with every group's value by label."""
+    trees = {group.label: identity(group.runs[0]) for group in groups}
+    keys = dict.fromkeys(key for tree in trees.values() for key in tree)
+    return {
+        key: {label: tree.get(key) for label, tree in trees.items()}
+        for key in keys
+        if len({repr(tree.get(key)) for tree in trees.values()}) > 1
+    }
+
+
+def beyond_objective(differences: dict[str, Any]) -> list[str]:
+    """Return the differing keys that belong to neither the objective nor its encoder."""
+    return [key for key in differences if not key.startswith(_OBJECTIVE_SECTIONS)]

@@ -1,0 +1,178 @@
+"""What a run measured: scores by protocol, and what the training cost."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+from vrpo.report.curves import Curve
+from vrpo.runs import Record, Run, flatten
+
+_LOWER_IS_BETTER = ("fd", "fid", "sfid", "kid", "denoising", "loss")
+_METRIC_NAMES = {
+    "fd": "FD",
+    "fid": "FID",
+    "sfid": "sFID",
+    "kid": "KID",
+    "is": "IS",
+    "inception_score": "IS",
+    "precision": "Precision",
+    "recall": "Recall",
+    "cknna": "CKNNA",
+    "denoising": "Held-out loss",
+    "alignment": "Held-out alignment",
+}
+# What says where the samples came from, not how they were scored.
+_NOT_PROTOCOL = {"seed", "run", "checkpoint", "step", "seconds", "images_seen", "file", "date", "device"}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How scores were obtained; scores of different protocols are never compared.
+
+    ``key`` identifies it (canonical JSON), ``text`` says it in one line, ``features`` is the short name of
+    the feature network, empty for losses on ``held_out`` images.
+    """
+
+    key: str
+    text: str = field(compare=False)
+    features: str = field(compare=False)
+    held_out: bool = False
+
+    @classmethod
+    def of(cls, items: Mapping[str, Any], features: str = "", held_out: bool = False) -> Protocol:
+        """Make the protocol of these entries."""
+        text = " · ".join(f"{name.replace('_', ' ')}: {_plain(value)}" for name, value in items.items())
+        return cls(json.dumps(items, sort_keys=True, default=str), text, features, held_out)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return "–".join(_plain(item) for item in value)
+    if isinstance(value, str) and len(value) >= 40 and all(c in "0123456789abcdef" for c in value.lower()):
+        return value[:12]  # a hash is told apart by its first digits
+    return "none" if value is None else str(value)
+
+
+def evaluation_protocol(record: Record) -> Protocol:
+    """Return the protocol of an evaluation record, without what only says where its samples came from."""
+    given = record.get("protocol")
+    items = flatten(given) if isinstance(given, Mapping) else {"protocol": given}
+    items = {key: value for key, value in items.items() if key.split(".")[-1] not in _NOT_PROTOCOL}
+    names = ("features", "features.name", "feature_network")
+    features = next((items[key] for key in names if key in items), "")
+    return Protocol.of(items, PurePath(str(features or "")).stem)
+
+
+def held_out_protocol(run: Run) -> Protocol:
+    """Return the protocol of a run's held-out loss: which data, which loss, which noise."""
+    config, data = flatten(run.config), run.info.get("data") or {}
+    validation = config.get("data.validation")
+    items = {
+        "score": "denoising loss of the EMA weights on held-out images, noise and times fixed",
+        "loss": str(config.get("model.name", "")).split("-")[0] or None,
+        "path": config.get("diffusion.path"),
+        "times": config.get("diffusion.time"),
+        "images": config.get("train.validation_images"),
+        "validation": PurePath(str(validation)).name if validation else None,
+        "trained_on": data.get("fingerprint"),
+    }
+    return Protocol.of({key: value for key, value in items.items() if value is not None}, held_out=True)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One score under one protocol."""
+
+    protocol: Protocol
+    metric: str
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether smaller values are better, so that a speed-up can be told."""
+        return self.metric.split("_")[0].lower() in _LOWER_IS_BETTER
+
+    @property
+    def label(self) -> str:
+        """The score's name; a distance is named after its feature network."""
+        name = _METRIC_NAMES.get(self.metric.lower(), self.metric)
+        if self.metric.lower() == "fd" and self.protocol.features:
+            return f"FD-{self.protocol.features}"
+        return name
+
+
+def measure_curves(run: Run) -> dict[Measure, Curve]:
+    """Return every score of a run against images and seconds, in the order of first measurement."""
+    points: dict[Measure, dict[float, tuple[float, float]]] = {}
+
+    def add(measure: Measure, record: Record, value: object) -> None:
+        score, images = number(value), number(record.get("images"))
+        if math.isfinite(score) and math.isfinite(images):
+            points.setdefault(measure, {})[images] = (number(record.get("seconds")), score)
+
+    for record in run.evaluations:
+        protocol = evaluation_protocol(record)
+        for metric, value in record["metrics"].items():
+            add(Measure(protocol, metric), record, value)
+    held_out = held_out_protocol(run)
+    for record in run.metrics("validation"):
+        for metric in ("denoising", "alignment"):
+            add(Measure(held_out, metric), record, record.get(metric))
+    curves = {}
+    for measure, by_images in points.items():
+        images = tuple(sorted(by_images))
+        seconds, scores = zip(*(by_images[position] for position in images), strict=True)
+        curves[measure] = Curve(images, seconds, scores)
+    return curves
+
+
+def number(value: object) -> float:
+    """Return a float, NaN for anything that is not a number."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training took; None where it was not logged.
+
+    Shares are of the training time, 0 to 1; memory is the peak in MB; ``skipped`` counts non-finite steps.
+    """
+
+    images: float | None
+    seconds: float | None
+    images_per_second: float | None
+    objective_share: float | None
+    memory_mb: float | None
+    data_wait: float | None
+    skipped: float | None
+
+
+def training_cost(run: Run) -> Cost:
+    """Summarise a run's cost; speed is the median of all records but the first, which holds the start-up."""
+    records = run.metrics("train")
+
+    def values(key: str, rows: list[Record]) -> list[float]:
+        return [value for value in (number(row.get(key)) for row in rows) if math.isfinite(value)]
+
+    def last(key: str) -> float | None:
+        found = values(key, records)
+        return max(found) if found else None
+
+    steady = records[1:] or records
+    speed, share, wait = (
+        values(key, steady) for key in ("images_per_second", "objective_share", "data_wait")
+    )
+    return Cost(
+        images=last("images"),
+        seconds=last("seconds"),
+        images_per_second=statistics.median(speed) if speed else None,
+        objective_share=statistics.fmean(share) if share else None,
+        memory_mb=last("memory_mb"),
+        data_wait=statistics.fmean(wait) if wait else None,
+        skipped=last("skipped"),
+    )

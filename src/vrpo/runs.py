@@ -1,0 +1,227 @@
+"""Reading a run's folder: configuration, facts, telemetry, samples, evaluations and checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vrpo.errors import CheckpointError, DataError
+
+Record = dict[str, Any]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of a nested mapping by dotted name; a list is a leaf unless it holds mappings."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            value = {str(index): item for index, item in enumerate(value)}
+        if isinstance(value, Mapping) and value:
+            leaves.update(flatten(value, f"{name}."))
+        else:
+            leaves[name] = value
+    return leaves
+
+
+@dataclass(frozen=True)
+class SampleGrid:
+    """One grid of samples: its file, when it was drawn, its layout, and the label of each image."""
+
+    file: Path
+    step: int
+    images: int
+    rows: int
+    columns: int
+    labels: list[Any]
+
+
+class Run:
+    """A folder made by ``vrpo train``, read lazily and never written.
+
+    Raises DataError if the folder, its configuration or its facts cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / "config.yaml").is_file():
+            raise DataError(f"no run at {self.path}: give a folder made by vrpo train.")
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration as nested dictionaries."""
+        import yaml
+
+        file = self.path / "config.yaml"
+        try:
+            tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise DataError(f"{file} is not YAML: restore it, or give another run's folder.") from error
+        if not isinstance(tree, dict):
+            raise DataError(f"{file} holds no configuration: restore it, or give another run's folder.")
+        return tree
+
+    @cached_property
+    def info(self) -> dict[str, Any]:
+        """The run's facts (versions, machine, parameters, status, data); empty where none were written."""
+        file = self.path / "run.json"
+        if not file.is_file():
+            return {}
+        facts = _load_object(file)
+        if facts is None:
+            raise DataError(f"{file} is not a JSON object: remove it to read the run without its facts.")
+        return facts
+
+    @property
+    def name(self) -> str:
+        """The run's own name, or its folder's."""
+        return str(self.info.get("name") or self.path.resolve().name)
+
+    @property
+    def objective(self) -> str:
+        """The alignment objective's name; ``none`` where nothing says otherwise."""
+        if self.info.get("objective"):
+            return str(self.info["objective"])
+        for section in ("align", "alignment", "objective"):
+            value = self.config.get(section)
+            if isinstance(value, Mapping):
+                value = value.get("objective", value.get("name"))
+            if isinstance(value, str):
+                return value
+        return "none"
+
+    @property
+    def seed(self) -> int | None:
+        """The seed that training started from; where several keys are named seed, the outermost."""
+        seeds = {key: value for key, value in flatten(self.config).items() if key.split(".")[-1] == "seed"}
+        for key in ("seed", "train.seed", *sorted(seeds, key=lambda key: key.count("."))):
+            if isinstance(seeds.get(key), int):
+                return int(seeds[key])
+        return None
+
+    @cached_property
+    def _telemetry(self) -> tuple[list[Record], int]:
+        file = self.path / "metrics.jsonl"
+        if not file.is_file():
+            return [], 0
+        records, damaged = [], 0
+        lines = file.read_bytes().split(b"\n")
+        for number, line in enumerate(lines):
+            if not line.strip():
+                continue
+            record = _parse_object(line)
+            if record is not None and isinstance(record.get("kind"), str):
+                records.append(record)
+            elif number < len(lines) - 1:  # an unfinished last line is a run being written, not damage
+                damaged += 1
+        return _without_rewound(records), damaged
+
+    @property
+    def damaged_lines(self) -> int:
+        """How many lines of telemetry could not be read, an unfinished last line apart."""
+        return self._telemetry[1]
+
+    def metrics(self, kind: str) -> list[Record]:
+        """Return one kind of telemetry (train, validation, evaluation or samples) in order of steps."""
+        return [record for record in self._telemetry[0] if record["kind"] == kind]
+
+    @cached_property
+    def evaluations(self) -> list[Record]:
+        """Every evaluation that has metrics: those made while training, then the files of ``vrpo evaluate``.
+
+        A file that says which step it scored, but not after how many images or seconds, takes them from the
+        telemetry.
+        """
+        found = [dict(record) for record in self.metrics("evaluation")]
+        for file in sorted((self.path / "evaluations").glob("*.json")):
+            record = _load_object(file)
+            if record is not None:
+                found.append({**self._progress_at(record.get("step")), **record, "file": str(file)})
+        return [record for record in found if isinstance(record.get("metrics"), Mapping)]
+
+    def _progress_at(self, step: object) -> Record:
+        for record in self._telemetry[0]:
+            if step is not None and record.get("step") == step:
+                return {key: record[key] for key in ("images", "seconds") if key in record}
+        return {}
+
+    @cached_property
+    def sample_grids(self) -> list[SampleGrid]:
+        """The sample grids whose files exist, oldest first."""
+        return list(self._grids())
+
+    def _grids(self) -> Iterator[SampleGrid]:
+        for record in self.metrics("samples"):
+            file = self.path / str(record.get("file", ""))
+            if file.is_file():
+                yield SampleGrid(
+                    file=file,
+                    step=int(record.get("step", 0)),
+                    images=int(record.get("images", 0)),
+                    rows=int(record.get("rows", 0)),
+                    columns=int(record.get("columns", 0)),
+                    labels=list(record.get("labels") or []),
+                )
+
+    def checkpoints(self) -> list[Path]:
+        """Return the folders of complete checkpoints, oldest first."""
+        folders = (self.path / "checkpoints").glob("step-*")
+        return sorted(folder for folder in folders if (folder / "state.json").is_file())
+
+    def latest_checkpoint(self) -> Path:
+        """Return the newest complete checkpoint: the one that ``latest`` names, or else the last by step.
+
+        Raises CheckpointError where there is none.
+        """
+        complete = self.checkpoints()
+        pointer = self.path / "checkpoints" / "latest"
+        if pointer.is_file():
+            named = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+            if named in complete:
+                return named
+        if not complete:
+            raise CheckpointError(f"no checkpoint in {self.path}: train it until the first one is written.")
+        return complete[-1]
+
+
+def _parse_object(text: str | bytes) -> Record | None:
+    try:
+        value = json.loads(text)
+    except ValueError:  # covers undecodable bytes as well as malformed JSON
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _load_object(file: Path) -> Record | None:
+    return _parse_object(file.read_bytes())
+
+
+def _without_rewound(records: list[Record]) -> list[Record]:
+    """Drop what a resumed run wrote twice.
+
+    A run that is killed and resumed repeats the steps since its last checkpoint, so a record whose step lies
+    before an earlier one of its kind replaces everything of that kind from its step on.
+    """
+    kept: dict[str, list[Record]] = {}
+    for record in records:
+        same = kept.setdefault(record["kind"], [])
+        step = record.get("step", 0)
+        if same and step < same[-1].get("step", 0):
+            same[:] = [earlier for earlier in same if earlier.get("step", 0) < step]
+        identity = json.dumps(record.get("protocol"), sort_keys=True)
+        if same and same[-1].get("step", 0) == step:
+            same[:] = [
+                earlier
+                for earlier in same
+                if earlier.get("step", 0) != step
+                or json.dumps(earlier.get("protocol"), sort_keys=True) != identity
+            ]
+        same.append(record)
+    return [record for group in kept.values() for record in group]

@@ -1,0 +1,104 @@
+"""Checkpoints that are whole or absent: written beside, hashed, renamed; resumed to the same result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from vrpo.errors import CheckpointError
+from vrpo.files import explain_os_error, load_tensors, save_tensors, sha256_file, sync_folder, write_text
+
+PARTS = ("model", "ema", "objective", "optimizer")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a run needs to go on: tensors by part, and counters."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write ``RUN/checkpoints/step-N`` and prune older ones beyond ``keep``.
+
+    The folder gets its name only when every file in it is on disk; ``latest`` then points to it.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    folder = run / "checkpoints"
+    name = f"step-{checkpoint.state['step']:08d}"
+    temporary = folder / f".{name}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        hashes = {}
+        for part in PARTS:
+            path = temporary / f"{part}.safetensors"
+            save_tensors(path, checkpoint.tensors[part])
+            hashes[path.name] = sha256_file(path)
+        write_text(temporary / "state.json", json.dumps({**checkpoint.state, "sha256": hashes}, indent=1))
+        sync_folder(temporary)
+        target = folder / name
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        sync_folder(folder)
+        write_text(folder / "latest", name)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint at step {checkpoint.state['step']} could not be written to {folder} "
+            f"({explain_os_error(error)}): earlier checkpoints are kept; make room and go on with --resume."
+        ) from error
+    for old in find_checkpoints(run)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def find_checkpoints(run: Path) -> list[Path]:
+    """Return the run's finished checkpoints, newest first."""
+    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read one checkpoint and check every file against its hash.
+
+    Raises:
+        CheckpointError: a file is missing or does not match.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text("utf-8"))
+        hashes = state.pop("sha256")
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path / 'state.json'} is missing or damaged: use another checkpoint.") from error
+    tensors = {}
+    for part in PARTS:
+        file = path / f"{part}.safetensors"
+        if not file.is_file() or sha256_file(file) != hashes.get(file.name):
+            raise CheckpointError(f"{file} is missing or does not match its hash: use another checkpoint.")
+        tensors[part] = load_tensors(file)
+    return Checkpoint(tensors, state)
+
+
+def load_newest(run: Path) -> tuple[Checkpoint, list[str]] | None:
+    """Read the newest checkpoint that verifies, and say why newer ones were passed over; None if there are none.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none verifies.
+    """
+    complaints: list[str] = []
+    for path in find_checkpoints(run):
+        try:
+            return load_checkpoint(path), complaints
+        except CheckpointError as error:
+            complaints.append(str(error))
+    if complaints:
+        raise CheckpointError(f"no checkpoint of {run} can be used; the newest: {complaints[0]}")
+    return None

@@ -1,0 +1,29 @@
+"""The exponential moving average of the trunk's weights, which samples are drawn from."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+class Ema:
+    """Averaged copy of a network, with a warm-up of the decay.
+
+    After update n (counted from 0) the decay is ``min(decay, (1 + n) / (10 + n))``, so that early averages forget the
+    initial weights.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        """Move the average towards ``network`` after optimiser step ``step`` (counted from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averaged = list(self.network.parameters())
+        torch._foreach_lerp_(averaged, list(network.parameters()), 1 - decay)
+        for mean, value in zip(self.network.buffers(), network.buffers(), strict=True):
+            mean.copy_(value)

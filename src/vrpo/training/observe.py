@@ -1,0 +1,133 @@
+"""What a run measures of itself beside training: held-out losses, sample grids, small evaluations.
+
+None of it touches the training random state: every draw comes from a generator of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vrpo.alignment.objective import AlignmentBatch, Objective
+from vrpo.config import RunConfig
+from vrpo.data.shards import ShardedDataset
+from vrpo.data.transforms import to_float
+from vrpo.diffusion.losses import Denoising
+from vrpo.models.taps import Taps
+from vrpo.models.transformer import DiffusionTransformer
+from vrpo.randomness import STREAM_VALIDATION, step_generator
+from vrpo.sampling import DTYPES, ImageSampler, grid_image, sample_labels
+from vrpo.training.targets import Targets
+
+VALIDATION_BATCH = 128
+
+
+class Validation:
+    """Denoising loss and alignment on held-out images at fixed noise and evenly spread times."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: ShardedDataset,
+        denoising: Denoising,
+        targets: Targets,
+        depths: tuple[int, ...],
+        device: torch.device,
+    ) -> None:
+        self.config, self.dataset, self.denoising = config, dataset, denoising
+        self.targets, self.depths, self.device = targets, depths, device
+        self.rows = np.unique(
+            np.linspace(0, len(dataset) - 1, min(config.train.validation_images, len(dataset))).astype(np.int64)
+        )
+        self._dtype = DTYPES[config.train.precision]
+
+    @torch.no_grad()
+    def __call__(self, averaged: DiffusionTransformer, trunk: DiffusionTransformer, objective: Objective) -> dict[str, Any]:
+        """Return the held-out denoising loss of the averaged weights and the alignment of the trained ones."""
+        losses: list[Tensor] = []
+        cosines: list[tuple[Tensor, int]] = []
+        for start in range(0, len(self.rows), VALIDATION_BATCH):
+            rows = self.rows[start : start + VALIDATION_BATCH]
+            pixels, labels = self.dataset.read(rows)
+            pixels = pixels.to(self.device)
+            given = labels.to(self.device) if labels is not None and averaged.num_classes else None
+            clean = to_float(pixels)
+            generator = step_generator(self.config.seed, start, STREAM_VALIDATION, self.device)
+            noise = torch.randn(clean.shape, generator=generator, device=self.device)
+            # Evenly spread over the whole set, the same at every visit.
+            spread = (torch.arange(start, start + len(rows), device=self.device) + 0.5) / len(self.rows)
+            times = self.denoising.times(spread)
+            noised = self.denoising.noised(clean, noise, times)
+            losses.append(self.denoising.loss(self._run(averaged, noised, times, given), clean, noise, times))
+            if self.targets.encoders:
+                kept: dict[int, Tensor] = {}
+                self._run(trunk, noised, times, given, self._keep(kept))
+                batch = AlignmentBatch(
+                    targets=self.targets.online(pixels),
+                    time=self.denoising.unit_time(times),
+                    clean=clean,
+                    images=pixels,
+                    images_seen=0,
+                    budget=1,
+                    sample_weight=1.0,
+                )
+                cosine = objective.measure(batch, kept)
+                if cosine is not None:
+                    cosines.append((cosine, len(rows)))
+        record = {"denoising": torch.cat(losses).mean().item(), "held_out_images": len(self.rows)}
+        if cosines:
+            record["alignment"] = sum(float(value) * count for value, count in cosines) / len(self.rows)
+        return record
+
+    def _keep(self, kept: dict[int, Tensor]) -> Taps:
+        def keeper(depth: int) -> Any:
+            def keep(tokens: Tensor) -> Tensor:
+                kept[depth] = tokens
+                return tokens
+
+            return keep
+
+        return Taps(tokens={depth: keeper(depth) for depth in self.depths})
+
+    def _run(
+        self, network: DiffusionTransformer, x: Tensor, t: Tensor, labels: Tensor | None, taps: Taps | None = None
+    ) -> Tensor:
+        training = network.training
+        network.eval()
+        with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
+            output = network(x, t, labels, taps or Taps()).float()
+        network.train(training)
+        return output
+
+
+def save_grid(sampler: ImageSampler, folder: Path, images_seen: int, num_classes: int) -> dict[str, Any]:
+    """Draw a grid from the same noise and labels at every visit, save it as PNG, and return its record."""
+    from PIL import Image
+
+    settings = sampler.config.sample
+    indices = range(settings.rows * settings.columns)
+    # One class a column, as far as they go.
+    labels = None
+    if num_classes:
+        labels = torch.tensor([(index % settings.columns) % num_classes for index in indices])
+    pixels = sampler.images(indices, labels, sampler.config.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{images_seen:012d}.png"
+    Image.fromarray(grid_image(pixels, settings.columns)).save(file)
+    return {
+        "file": f"{folder.name}/{file.name}",
+        "rows": settings.rows,
+        "columns": settings.columns,
+        "labels": [] if labels is None else labels.tolist(),
+    }
+
+
+def draw_for_evaluation(sampler: ImageSampler, count: int, num_classes: int) -> Tensor:
+    """Return ``count`` samples as uint8 (B, 3, H, W) under the run's label policy."""
+    config = sampler.config
+    labels = sample_labels(range(count), num_classes, config.evaluate.labels, config.seed)
+    return sampler.images(range(count), labels, config.seed)

@@ -1,0 +1,192 @@
+"""From a configuration to the parts of a run, with every disagreement between them refused in one sentence."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vrpo
+from vrpo.alignment.build import build_objective, check_depths
+from vrpo.alignment.objective import Objective
+from vrpo.config import RunConfig
+from vrpo.data.shards import ShardedDataset
+from vrpo.diffusion.losses import Denoising
+from vrpo.errors import ConfigError, DataError
+from vrpo.models.transformer import SIZES, DiffusionTransformer, build_transformer, parameter_count, parse_model_name
+from vrpo.randomness import STREAM_INIT, mix
+from vrpo.sampling import build_denoising, check_sampler
+from vrpo.training.targets import Say, Targets
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that ``name`` ("auto", "cpu", "cuda", "cuda:1") stands for.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"train.device '{name}' is not available here: use auto or cpu.") from error
+    return device
+
+
+@dataclass
+class Parts:
+    """What a run is made of."""
+
+    config: RunConfig
+    device: torch.device
+    dataset: ShardedDataset
+    held_out: ShardedDataset | None
+    trunk: DiffusionTransformer
+    objective: Objective
+    denoising: Denoising
+    targets: Targets
+    flip: bool
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that the trunk is conditioned on."""
+        return self.trunk.num_classes
+
+
+def check_config(config: RunConfig) -> None:
+    """Refuse what is wrong whatever the data: the model's name, depths, batch split, sampler.
+
+    Raises:
+        ConfigError: the first disagreement.
+    """
+    kind, size, _ = parse_model_name(config.model.name)
+    check_depths("align.depth", config.align.depth, SIZES[size].depth)
+    check_sampler(kind, config.sample.sampler)
+    train = config.train
+    if train.batch_size % train.noisings:
+        nearest = max(1, round(train.batch_size / train.noisings)) * train.noisings
+        raise ConfigError(
+            f"train.batch_size {train.batch_size} is not a multiple of train.noisings {train.noisings}: use {nearest}."
+        )
+    micro = train.micro_batch or train.batch_size
+    if train.batch_size % micro or micro % train.noisings:
+        divisors = [n for n in range(train.noisings, train.batch_size + 1, train.noisings) if train.batch_size % n == 0]
+        closest = min(divisors, key=lambda n: abs(n - micro))
+        raise ConfigError(
+            f"train.micro_batch {micro} does not divide train.batch_size {train.batch_size} into whole groups of "
+            f"noisings: use {closest}."
+        )
+
+
+def open_data(path: Path | None, field: str) -> ShardedDataset:
+    """Open a prepared data set.
+
+    Raises:
+        ConfigError: none is named.
+        DataError: it cannot be used.
+    """
+    if path is None:
+        raise ConfigError(f"{field} is not set: give a folder made by `vrpo prepare SOURCE OUT --size N`.")
+    return ShardedDataset(path)
+
+
+def build_parts(config: RunConfig, say: Say, progress: Any = None) -> Parts:
+    """Build every part of a run.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what does not fit, in one sentence.
+    """
+    check_config(config)
+    device = resolve_device(config.train.device)
+    dataset = open_data(config.data.path, "data.path")
+    held_out = None if config.data.validation is None else open_data(config.data.validation, "data.validation")
+    _check_pair(dataset, held_out)
+    if config.data.conditional and not dataset.labelled:
+        raise ConfigError(
+            f"{config.data.path} has no labels, and data.conditional is true: prepare it from one folder a class, "
+            "or set --data.conditional False."
+        )
+    num_classes = dataset.num_classes if config.data.conditional else 0
+    flip = dataset.manifest.preprocessing.flip == "random" if config.data.flip is None else config.data.flip
+
+    # The trunk's initial weights depend on the seed alone, so that objectives are compared from one start.
+    torch.manual_seed(mix(config.seed, STREAM_INIT, 0) >> 1)
+    trunk = build_transformer(
+        config.model.name,
+        input_size=dataset.image_size,
+        in_channels=dataset.channels,
+        num_classes=num_classes,
+        qk_norm=config.model.qk_norm,
+        checkpoint_blocks=config.model.checkpoint_blocks,
+    )
+    targets = Targets(
+        config.encoders, dataset, tokens=trunk.num_tokens, flip=flip, device=device, say=say, progress=progress
+    )
+    torch.manual_seed(mix(config.seed, STREAM_INIT, 1) >> 1)
+    _, size, _ = parse_model_name(config.model.name)
+    objective = build_objective(
+        config.align,
+        hidden_size=trunk.hidden_size,
+        model_depth=trunk.depth,
+        model_size=size,
+        encoder_widths=targets.widths,
+        tokens=trunk.num_tokens,
+        num_heads=SIZES[size].num_heads,
+    )
+    return Parts(
+        config=config,
+        device=device,
+        dataset=dataset,
+        held_out=held_out,
+        trunk=trunk.to(device),
+        objective=objective.to(device),
+        denoising=build_denoising(trunk.kind, config.diffusion),
+        targets=targets,
+        flip=flip,
+    )
+
+
+def _check_pair(dataset: ShardedDataset, held_out: ShardedDataset | None) -> None:
+    if held_out is None:
+        return
+    if held_out.image_size != dataset.image_size:
+        raise DataError(
+            f"the held-out images of {held_out.path} are {held_out.image_size} px and the training images "
+            f"{dataset.image_size} px: prepare both with one --size."
+        )
+    if held_out.class_names != dataset.class_names:
+        raise DataError(
+            f"the held-out data of {held_out.path} has other classes than {dataset.path}: prepare both from the same "
+            "class folders."
+        )
+
+
+def facts(parts: Parts, status: str) -> dict[str, Any]:
+    """Return what ``run.json`` records about a run."""
+    data = parts.dataset
+    device = parts.device
+    return {
+        "name": parts.config.name,
+        "objective": parts.config.align.objective,
+        "status": status,
+        "vrpo": vrpo.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {sys.platform}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "parameters": {"trunk": parameter_count(parts.trunk), "objective": parameter_count(parts.objective)},
+        "encoders": [encoder.fingerprint for encoder in parts.targets.encoders],
+        "data": {
+            "path": str(data.path),
+            "fingerprint": data.fingerprint,
+            "images": len(data),
+            "classes": data.num_classes,
+            "class_names": list(data.class_names),
+        },
+    }

@@ -1,0 +1,89 @@
+"""Telemetry of a run: sums on the device between records, one JSON object a line on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Meter:
+    """Means of values by name between two records, kept on the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add one detached value, a scalar or a vector."""
+        value = value.detach().float()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, Any]:
+        """Return the means and forget them. This is where the host waits for the device."""
+        means = {name: plain(total / self._counts[name]) for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return means
+
+
+class BinnedMean:
+    """Mean of a per-sample value by time bin."""
+
+    def __init__(self, bins: int, device: torch.device) -> None:
+        self._sums = torch.zeros(2, bins, device=device)
+
+    def add(self, values: Tensor, time: Tensor) -> None:
+        """Add values (B,) at times (B,) in [0, 1]."""
+        bins = self._sums.shape[1]
+        index = (time * bins).long().clamp(0, bins - 1)
+        self._sums[0].index_add_(0, index, values.detach().float())
+        self._sums[1].index_add_(0, index, torch.ones_like(values, dtype=torch.float32))
+
+    def take(self) -> list[float | None]:
+        """Return the mean of each bin, None where it is empty, and forget them."""
+        means = plain(self._sums[0] / self._sums[1])
+        self._sums.zero_()
+        return means
+
+
+def plain(value: Tensor) -> Any:
+    """Return a tensor as numbers for JSON: what is not finite becomes None."""
+    numbers = value.tolist()
+    if isinstance(numbers, list):
+        return [number if math.isfinite(number) else None for number in numbers]
+    return numbers if math.isfinite(numbers) else None
+
+
+class Journal:
+    """``metrics.jsonl`` of a run."""
+
+    def __init__(self, path: Path, images: int) -> None:
+        """Open the file for appending, dropping what an interrupted run wrote beyond ``images``."""
+        self.path = path
+        kept = []
+        if path.exists():
+            for line in path.read_text("utf-8").splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                if record["images"] <= images:
+                    kept.append(line)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), "utf-8")
+        os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Append one record."""
+        self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()

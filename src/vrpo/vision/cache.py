@@ -1,0 +1,183 @@
+"""Encoder tokens of a whole data set on disk, for encoders that cost more than reading does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vrpo.errors import DataError
+from vrpo.vision.encoders import Encoder
+from vrpo.vision.rows import ImageRows
+
+FORMAT = 1
+PART_BYTES = 256 * 2**20
+INDEX = "index.json"
+
+
+class TokenCache:
+    """The tokens of every row of a data set (and of its mirror image), in float16.
+
+    ``folder/<hash>/part-00000.npy`` holds (rows, 1 or 2, N, C); ``index.json`` beside it holds the fingerprints
+    and the SHA-256 of each finished part. The hash stands for encoder, data set and flips, so tokens of anything
+    else lie in another folder and are never read.
+
+    Args:
+        folder: where caches are kept.
+        encoder: the encoder whose tokens they are.
+        dataset: the data set they are of.
+        flips: whether mirrored images are cached too.
+
+    Attributes: ``bytes`` (size on disk when complete), ``complete``, ``folder``.
+    """
+
+    def __init__(self, folder: str | Path, encoder: Encoder, dataset: ImageRows, flips: bool) -> None:
+        self.encoder, self.dataset, self.flips = encoder, dataset, flips
+        self.rows = len(dataset)
+        self.shape = (2 if flips else 1, encoder.grid**2, encoder.width)
+        row_bytes = 2 * int(np.prod(self.shape))
+        self.part_rows = max(1, PART_BYTES // row_bytes)
+        self.parts = -(-self.rows // self.part_rows)
+        self.bytes = row_bytes * self.rows
+        self.identity = {
+            "format": FORMAT,
+            "encoder": encoder.fingerprint,
+            "dataset": dataset.fingerprint,
+            "flips": flips,
+            "part_rows": self.part_rows,
+        }
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        self.folder = Path(folder) / digest[:16]
+        self._maps: dict[int, np.ndarray] = {}
+        self._hashes = self._read_index()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the tokens of every row are there."""
+        return len(self._hashes) == self.parts
+
+    def build(
+        self, *, batch_size: int = 64, progress: Callable[[int, int], None] | None = None
+    ) -> TokenCache:
+        """Compute what is missing, part by part, and return self; interrupted, it goes on at the next part.
+
+        ``progress`` is called with the rows done and the rows in all.
+
+        Raises:
+            DataError: the disk refuses a part; the finished ones are kept.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for part in range(self.parts):
+            if part not in self._hashes:
+                try:
+                    self._hashes[part] = self._write_part(part, batch_size, progress)
+                    self._write_index()
+                except OSError as error:
+                    self._hashes.pop(part, None)
+                    raise DataError(
+                        f"The token cache {self.folder} could not be written ({error.strerror or error}): it needs "
+                        f"{self.bytes / 2**30:.2f} GiB in all; make room and run again, finished parts are kept."
+                    ) from error
+        return self
+
+    def read(self, indices: np.ndarray, flipped: np.ndarray | None = None) -> Tensor:
+        """Return the float16 tokens (B, N, C) of rows (B,), of the mirror image where ``flipped`` (B,) is true.
+
+        Raises:
+            DataError: the cache is not complete, or holds no mirrored images.
+        """
+        if not self.complete:
+            raise DataError(f"The token cache {self.folder} is not complete: build it again, it will resume.")
+        indices = np.asarray(indices, dtype=np.int64)
+        sides = np.zeros(len(indices), dtype=np.int64) if flipped is None else np.asarray(flipped, dtype=np.int64)
+        if not self.flips and sides.any():
+            raise DataError(f"The token cache {self.folder} holds no mirrored images: build it with flips.")
+        tokens = np.empty((len(indices), *self.shape[1:]), dtype=np.float16)
+        owners = indices // self.part_rows
+        for part in np.unique(owners):
+            where = np.flatnonzero(owners == part)
+            tokens[where] = self._map(int(part))[indices[where] % self.part_rows, sides[where]]
+        return torch.from_numpy(tokens)
+
+    def verify(self) -> None:
+        """Compare every part with its recorded hash.
+
+        Raises:
+            DataError: a part differs; it is named.
+        """
+        for part, expected in self._hashes.items():
+            path = self._path(part)
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != expected:
+                raise DataError(f"The token cache's part {path} is damaged: delete it and build again.")
+
+    def _write_part(self, part: int, batch_size: int, progress: Callable[[int, int], None] | None) -> str:
+        start = part * self.part_rows
+        stop = min(start + self.part_rows, self.rows)
+        path = self._path(part)
+        unfinished = path.with_suffix(".unfinished")
+        device = self.encoder.mean.device
+        limit = torch.finfo(torch.float16).max
+        # ordinary writes, not a memory map: a full disk is then an error and not a bus fault
+        with unfinished.open("wb+") as file:
+            layout = {"descr": "<f2", "fortran_order": False, "shape": (stop - start, *self.shape)}
+            np.lib.format.write_array_header_1_0(file, layout)
+            for row in range(start, stop, batch_size):
+                indices = np.arange(row, min(row + batch_size, stop), dtype=np.int64)
+                images = self.dataset.read(indices)[0].to(device)
+                views = [images, images.flip(-1)] if self.flips else [images]
+                tokens = torch.stack([self.encoder.tokens(view) for view in views], dim=1)
+                file.write(tokens.clamp(-limit, limit).half().cpu().numpy().tobytes())
+                if progress is not None:
+                    progress(int(indices[-1]) + 1, self.rows)
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.replace(unfinished, path)
+        return digest
+
+    def _path(self, part: int) -> Path:
+        return self.folder / f"part-{part:05d}.npy"
+
+    def _map(self, part: int) -> np.ndarray:
+        if part not in self._maps:
+            self._maps[part] = np.load(self._path(part), mmap_mode="r")
+        return self._maps[part]
+
+    def _read_index(self) -> dict[int, str]:
+        """Return the hashes of the finished parts that are whole; the others will be built again."""
+        path = self.folder / INDEX
+        if not path.is_file():
+            return {}
+        index = json.loads(path.read_text())
+        finished = {}
+        for key, digest in index["parts"].items():
+            part = int(key)
+            rows = min(self.part_rows, self.rows - part * self.part_rows)
+            try:
+                whole = self._map(part).shape == (rows, *self.shape)
+            except (OSError, ValueError):
+                whole = False
+            if whole:
+                finished[part] = digest
+            else:
+                self._maps.pop(part, None)
+        return finished
+
+    def _write_index(self) -> None:
+        parts = {str(part): digest for part, digest in sorted(self._hashes.items())}
+        text = json.dumps({**self.identity, "parts": parts}, indent=1)
+        unfinished = self.folder / f"{INDEX}.unfinished"
+        with unfinished.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, self.folder / INDEX)

@@ -1,0 +1,225 @@
+"""Frozen encoders: images to tokens on the trunk's grid, and images to one feature vector each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vrpo.errors import ConfigError
+from vrpo.vision.backbone import Backbone
+
+CONV_NAME = "vrpo-conv"
+
+
+class FeatureNetwork(nn.Module):
+    """A frozen network that turns an image into one feature vector.
+
+    Attributes: ``name``, ``family``, ``input_size`` (pixels), ``weights_hash`` (SHA-256).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: Backbone, *, input_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.name, self.family = backbone.name, backbone.family
+        self.weights_hash = backbone.weights_hash
+        self.input_size = input_size
+        self.dtype = dtype
+        self.register_buffer("mean", torch.tensor(backbone.mean).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(backbone.std).view(1, 3, 1, 1) * 255, persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+        self.to(device)
+
+    @property
+    def fingerprint(self) -> str:
+        """Text that changes whenever the features do: name, weights, input size."""
+        return f"{self.name} weights={self.weights_hash} input={self.input_size} feature=pooled"
+
+    def train(self, mode: bool = True) -> FeatureNetwork:
+        """Stay in evaluation mode: the network is frozen."""
+        return super().train(False)
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Return float32 features (B, C_pool) of uint8 images (B, 3, H, W).
+
+        ConvNets give their pooled features before the classifier, vision transformers their class token
+        (or, trained without one, their own pooling or the mean of their patch tokens).
+        """
+        with torch.inference_mode(), self._precision(images.device):
+            features = self.backbone.pooled(self._prepare(images))
+        return features.to(torch.float32, copy=True)
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        """Return normalised images (B, 3, S, S); bicubic with antialiasing where the size differs."""
+        # normalising is affine, so it commutes with resizing and is cheaper on the smaller image
+        normalised = (images.float() - self.mean) / self.std
+        if images.shape[-2:] != (self.input_size, self.input_size):
+            size = (self.input_size, self.input_size)
+            normalised = F.interpolate(normalised, size=size, mode="bicubic", antialias=True)
+        return normalised
+
+    def _precision(self, device: torch.device) -> torch.autocast:
+        # enabled or not, this shields the encoder from the caller's autocast
+        reduced = self.dtype != torch.float32
+        return torch.autocast(device.type, dtype=self.dtype if reduced else None, enabled=reduced)
+
+
+class Encoder(FeatureNetwork):
+    """A frozen network that turns an image into tokens on the trunk's grid.
+
+    Attributes (beside those of :class:`FeatureNetwork`): ``width`` (C_e), ``grid`` (tokens along a side),
+    ``native_grid`` (the network's own at ``input_size``), ``resampled`` (whether the two differ), ``feature``.
+    """
+
+    def __init__(
+        self, backbone: Backbone, *, grid: int, input_size: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__(backbone, input_size=input_size, device=device, dtype=dtype)
+        self.grid = grid
+        self.feature = backbone.feature
+        black = torch.zeros(1, 3, input_size, input_size, dtype=torch.uint8, device=device)
+        with torch.inference_mode(), self._precision(device):
+            _, count, self.width = backbone.tokens(self._prepare(black)).shape
+        self.native_grid = round(count**0.5)
+        self.resampled = self.native_grid != grid
+
+    @property
+    def fingerprint(self) -> str:
+        """Text that changes whenever the tokens do: name, weights, input size, feature, grid."""
+        return (
+            f"{self.name} weights={self.weights_hash} input={self.input_size} "
+            f"feature={self.feature} grid={self.grid}"
+        )
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Return float32 tokens (B, grid*grid, width), row by row, of uint8 images (B, 3, H, W).
+
+        The tokens are the network's own, not normalised; an ordinary tensor without gradient, which a loss may
+        keep for its backward pass.
+        """
+        with torch.inference_mode(), self._precision(images.device):
+            tokens = self.backbone.tokens(self._prepare(images))
+            if self.resampled:
+                tokens = resample_tokens(tokens, self.grid)
+        return tokens.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return :meth:`tokens`."""
+        return self.tokens(images)
+
+
+def resample_tokens(tokens: Tensor, grid: int) -> Tensor:
+    """Resample tokens (B, n*n, C) to (B, grid*grid, C) by bicubic interpolation with antialiasing, in float32."""
+    batch, count, width = tokens.shape
+    side = round(count**0.5)
+    maps = tokens.float().transpose(1, 2).reshape(batch, width, side, side)
+    maps = F.interpolate(maps, size=(grid, grid), mode="bicubic", antialias=True)
+    return maps.flatten(2).transpose(1, 2)
+
+
+def load_encoder(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    grid: int,
+    feature: int | None = None,
+    input_size: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    allow_resample: bool = True,
+) -> Encoder:
+    """Return the frozen encoder ``name`` with tokens on a ``grid`` x ``grid`` grid.
+
+    Args:
+        name: a timm architecture, an alias such as ``dinov2-vit-b``, ``transformers:NAME_OR_PATH``, a folder with
+            config.json, or ``vrpo-conv``.
+        weights: a local file; ``"random"``; or None for the published weights.
+        grid: tokens along a side, as the trunk has them.
+        feature: which block's tokens or which feature map is read (0-based, or negative from the end);
+            None for the network's output.
+        input_size: side in pixels at which the encoder sees an image; None chooses the one that gives ``grid``
+            exactly.
+        device: where it runs.
+        dtype: autocast precision; None for bfloat16 on CUDA and float32 elsewhere.
+        allow_resample: whether the token grid may be resampled where no input size gives it exactly
+            (``Encoder.resampled`` says that it is).
+
+    Raises:
+        ConfigError: unknown name, feature, or an input size that does not lead to the grid.
+        CheckpointError: weights that cannot be had, or of another architecture.
+    """
+    backbone = _load_backbone(name, weights=weights, feature=feature)
+    exact = grid * backbone.stride
+    size = _checked_input(backbone, input_size if input_size is not None else backbone.fixed_input or exact)
+    encoder = Encoder(backbone, grid=grid, input_size=size, **_placement(device, dtype))
+    if encoder.resampled and not allow_resample:
+        own = f"{encoder.native_grid}x{encoder.native_grid}"
+        remedy = (
+            f"it takes no other size, so let the token grid be resampled or choose a trunk with {own} tokens."
+            if backbone.fixed_input is not None
+            else f"set the encoder's input size to {exact}."
+        )
+        raise ConfigError(
+            f"Encoder '{name}' at {size} px gives {own} tokens, and the trunk has {grid}x{grid}: {remedy}"
+        )
+    return encoder
+
+
+def load_feature_network(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    input_size: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> FeatureNetwork:
+    """Return the frozen network ``name`` for pooled features, at its own input size unless told another.
+
+    Arguments and errors are those of :func:`load_encoder`.
+    """
+    backbone = _load_backbone(name, weights=weights, feature=None)
+    size = _checked_input(backbone, input_size if input_size is not None else backbone.default_input)
+    return FeatureNetwork(backbone, input_size=size, **_placement(device, dtype))
+
+
+def _load_backbone(name: str, *, weights: str | Path | None, feature: int | None) -> Backbone:
+    from vrpo.vision.convnet import load_conv
+    from vrpo.vision.timm_encoder import load_timm
+    from vrpo.vision.transformers_encoder import is_transformers, load_transformers
+
+    if name == CONV_NAME:
+        return load_conv(weights, feature=feature)
+    if is_transformers(name):
+        return load_transformers(name, weights=weights, feature=feature)
+    if Path(name).suffix in {".safetensors", ".pt", ".pth"}:
+        raise ConfigError(
+            f"'{name}' is a weights file, not an encoder's name: name its architecture and give the file as weights."
+        )
+    return load_timm(name, weights=weights, feature=feature)
+
+
+def _checked_input(backbone: Backbone, size: int) -> int:
+    fixed = backbone.fixed_input
+    if fixed is not None and size != fixed:
+        raise ConfigError(f"Encoder '{backbone.name}' takes images of {fixed} px only, not {size}: use {fixed}.")
+    if size < backbone.stride or (backbone.divisible and size % backbone.stride):
+        closest = max(1, round(size / backbone.stride)) * backbone.stride
+        raise ConfigError(
+            f"Encoder '{backbone.name}' has patches of {backbone.stride} px, which do not divide an input size of "
+            f"{size}: the nearest that fits is {closest}."
+        )
+    return size
+
+
+def _placement(device: str | torch.device, dtype: torch.dtype | None) -> dict:
+    device = torch.device(device)
+    if dtype is None:
+        reduced = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        dtype = torch.bfloat16 if reduced else torch.float32
+    return {"device": device, "dtype": dtype}

@@ -1,0 +1,171 @@
+"""Networks of the transformers library, by hub name or local folder."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vrpo.errors import CheckpointError, ConfigError
+from vrpo.vision.backbone import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Backbone
+from vrpo.vision.weight_files import file_hash, fit_weights, read_weights, state_hash
+
+PREFIX = "transformers:"
+FAMILY_STATISTICS = {
+    "clip": (CLIP_MEAN, CLIP_STD),
+    "siglip": (HALF, HALF),
+    "siglip2": (HALF, HALF),
+    "vit": (HALF, HALF),
+    "beit": (HALF, HALF),
+}
+MAP_PROBE = 128
+
+
+class TransformersBackbone(Backbone):
+    """The vision tower of a transformers model."""
+
+    family = "transformers"
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        *,
+        feature: int | None,
+        weights_hash: str,
+        statistics: tuple[tuple[float, ...], tuple[float, ...]],
+    ) -> None:
+        super().__init__()
+        self.name, self.network, self.weights_hash = name, network, weights_hash
+        self.index = feature
+        self.feature = "last" if feature is None else str(feature)
+        self.mean, self.std = statistics
+        config: Any = network.config
+        patch = getattr(config, "patch_size", None)
+        self.patches = isinstance(patch, int)
+        self.default_input = int(getattr(config, "image_size", None) or 224)
+        self.options: dict[str, Any] = {}
+        if "interpolate_pos_encoding" in inspect.signature(network.forward).parameters:
+            self.options["interpolate_pos_encoding"] = True
+        if self.patches:
+            self.stride, self.divisible = int(patch), True  # type: ignore[arg-type]
+            try:
+                self.prefix = self._states(4 * self.stride).shape[1] - 4 * 4
+            except (ValueError, RuntimeError):
+                self.fixed_input = self.default_input
+                count = self._states(self.fixed_input).shape[1]
+                self.prefix = count - (self.fixed_input // self.stride) ** 2
+            if config.model_type in {"dinov2", "dinov2_with_registers"}:
+                self.default_input = 16 * self.stride
+        else:
+            states = self._states(MAP_PROBE)
+            if states.ndim != 4:
+                raise ConfigError(f"Encoder '{name}' gives no token map: choose an image model.")
+            self.stride = round(MAP_PROBE / states.shape[-1])
+            self.prefix = 0
+
+    def tokens(self, images: Tensor) -> Tensor:
+        states = self._forward(images)
+        return states[:, self.prefix :] if states.ndim == 3 else states.flatten(2).transpose(1, 2)
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Return the class token of the last layer where there is one, else the model's own pooling or the mean.
+
+        The pooling layer on top of a class token is not used: many published files lack its weights.
+        """
+        output = self.network(images, **self.options)
+        states = output.last_hidden_state
+        if self.prefix:
+            return states[:, 0]
+        own = getattr(output, "pooler_output", None)
+        if own is not None:
+            return own.flatten(1)
+        return states.mean(dim=1) if states.ndim == 3 else states.mean(dim=(2, 3))
+
+    def _forward(self, images: Tensor) -> Tensor:
+        if self.index is None:
+            return self.network(images, **self.options).last_hidden_state
+        states = self.network(images, output_hidden_states=True, **self.options).hidden_states[1:]
+        count = len(states)
+        if not -count <= self.index < count:
+            closest = min(max(self.index, -count), count - 1)
+            raise ConfigError(
+                f"Encoder '{self.name}' has {count} layers, so feature {self.index} does not exist: "
+                f"the nearest is {closest}."
+            )
+        return states[self.index]
+
+    @torch.no_grad()
+    def _states(self, side: int) -> Tensor:
+        return self._forward(torch.zeros(1, 3, side, side))
+
+
+def is_transformers(name: str) -> bool:
+    """Return whether ``name`` means a transformers model: ``transformers:NAME`` or a folder with config.json."""
+    return name.startswith(PREFIX) or (Path(name) / "config.json").is_file()
+
+
+def load_transformers(name: str, *, weights: str | Path | None, feature: int | None) -> TransformersBackbone:
+    """Return the vision tower of the transformers model ``name`` (``transformers:NAME_OR_PATH`` or a folder).
+
+    ``weights`` is None for the model's own, a local file of other weights for it, or ``"random"``.
+
+    Raises:
+        ConfigError: it is not an image model, or lacks the feature.
+        CheckpointError: the model cannot be had, or the weights do not fit.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    source = name.removeprefix(PREFIX)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if config.model_type == "vit_mae":
+            raise ConfigError(
+                f"Encoder '{name}' hides patches at random: use timm's 'vit_base_patch16_224.mae' instead."
+            )
+        if weights is None:
+            model = AutoModel.from_pretrained(source, dtype=torch.float32)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = AutoModel.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"The transformers model '{source}' could not be had ({type(error).__name__}): give a local folder "
+            "that holds its config.json and model.safetensors as the encoder's name."
+        ) from error
+    network = getattr(model, "vision_model", model).eval()
+    if getattr(network, "main_input_name", "pixel_values") != "pixel_values":
+        raise ConfigError(f"Encoder '{name}' does not take images: choose an image model.")
+    digest = None
+    if weights is not None and weights != "random":
+        path = Path(weights)
+        fit_weights(
+            network, read_weights(path), architecture=name, source=path, may_be_extra=("classifier", "pooler")
+        )
+        digest = file_hash(path)
+    return TransformersBackbone(
+        name,
+        network,
+        feature=feature,
+        weights_hash=digest or state_hash(network),
+        statistics=_statistics(source, config.model_type),
+    )
+
+
+def _statistics(source: str, model_type: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the channel statistics beside the model, or its family's."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+        settings = json.loads(Path(found).read_text()) if found else {}
+    except OSError:
+        settings = {}
+    if "image_mean" in settings and "image_std" in settings:
+        return tuple(settings["image_mean"]), tuple(settings["image_std"])
+    return FAMILY_STATISTICS.get(model_type, (IMAGENET_MEAN, IMAGENET_STD))

@@ -1,0 +1,123 @@
+"""Reading local weights files, and fitting them to an architecture or saying why they do not fit."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vrpo.errors import CheckpointError
+
+PICKLED = {".pt", ".pth", ".bin"}
+WRAPPERS = ("state_dict", "model")
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def state_hash(module: nn.Module) -> str:
+    """Return the SHA-256 over the names, types, shapes and values of a module's state."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        if value.numel():
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the text metadata of a safetensors file (empty for none).
+
+    Raises:
+        CheckpointError: the file is not safetensors, or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}): fetch it again.") from error
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """Return the tensors of a ``.safetensors`` file, or of a ``.pt``, ``.pth`` or ``.bin`` file, on the CPU.
+
+    Pickled files are read with ``weights_only=True``, so they cannot run code; the usual wrappers
+    (``state_dict``, ``model``) and the prefix ``module.`` are taken off.
+
+    Raises:
+        CheckpointError: the file is missing, of another kind, or damaged.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"There is no weights file at {path}: check the path.")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{path} is not a whole safetensors file ({error}): fetch it again."
+            ) from error
+    if path.suffix not in PICKLED:
+        raise CheckpointError(
+            f"{path} is not a weights file: give .safetensors, or .pt, .pth or .bin of PyTorch."
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as plain tensors: save its state_dict as safetensors."
+        ) from error
+    for wrapper in WRAPPERS:
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds no table of named tensors: save its state_dict as safetensors.")
+    return {str(key).removeprefix("module."): value for key, value in state.items()}
+
+
+def fit_weights(
+    module: nn.Module,
+    state: Mapping[str, Any],
+    *,
+    architecture: str,
+    source: Path,
+    may_be_extra: Iterable[str] = (),
+) -> None:
+    """Copy ``state`` into ``module``, key by key.
+
+    Counters of batch normalisation (``num_batches_tracked``) may be missing, and keys that begin with one of
+    ``may_be_extra`` (a classifier that is not used) may be left over.
+
+    Raises:
+        CheckpointError: a key is missing, left over, or of another shape; the first such key is named.
+    """
+    refusal = f"{source} does not hold the weights of '{architecture}'"
+    remedy = "give the architecture that the file was saved from."
+    expected = module.state_dict()
+    for name, value in expected.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        found = state.get(name)
+        if not isinstance(found, Tensor):
+            raise CheckpointError(f"{refusal}: it has no '{name}'; {remedy}")
+        if found.shape != value.shape:
+            raise CheckpointError(
+                f"{refusal}: '{name}' is {tuple(found.shape)} and should be {tuple(value.shape)}; {remedy}"
+            )
+    allowed = tuple(f"{prefix}." for prefix in may_be_extra)
+    for name in state:
+        if name not in expected and not name.startswith(allowed):
+            raise CheckpointError(f"{refusal}: '{name}' has no place in it; {remedy}")
+    module.load_state_dict({name: state[name] for name in expected if name in state}, strict=False)
