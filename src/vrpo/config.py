@@ -93,9 +93,7 @@ class EncoderConfig(Section):
     feature: int | None = Field(None, description="Feature map of a convolutional network (index, may be < 0).")
     input_size: int | None = Field(None, ge=8, description="Side its input is resized to; None: fits the grid.")
     resample: bool = Field(True, description="Allow bicubic resampling of its token grid where no size fits.")
-    center: bool | None = Field(
-        None, description="Subtract the mean token; None: for convolutional networks only."
-    )
+    center: bool | None = Field(None, description="Subtract the mean token; None: for convolutional networks only.")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 else.")
     cache: bool = Field(False, description="Compute all tokens once and store them beside the data (fp16).")
 
@@ -109,15 +107,14 @@ class HasteConfig(Section):
     )
     stop: Literal["fixed", "trigger"] = Field("fixed", description="End at a count of images or by the trigger.")
     stop_images: Count = Field(0, description="Images after which alignment ends; 0: 40% of the budget.")
-    trigger_cosine: float = Field(
-        0.0, ge=-1, le=1, description="End when the running gradient cosine falls below."
-    )
+    trigger_cosine: float = Field(0.0, ge=-1, le=1, description="End when the running gradient cosine falls below.")
 
 
 class VrpoConfig(Section):
     """VRPO: the policy, its rewards and its trust region (docs/method.md)."""
 
     mode: Literal["analytic", "sampled"] = Field("analytic", description="Closed form, or sampled actions.")
+    base: Literal["repa", "irepa"] = Field("repa", description="Whose projector and targets are used.")
     basis: Literal["informed", "isotropic"] = Field("informed", description="Directions that actions explore.")
     group: int = Field(8, ge=2, description="Actions a token (G), in antithetic pairs.")
     random_directions: int = Field(2, ge=0, description="Random tangent directions added to the informed basis.")
@@ -192,9 +189,7 @@ class TrainConfig(Section):
 class SampleConfig(Section):
     """How samples are drawn during training, and by default afterwards."""
 
-    sampler: Literal["ode-euler", "ode-heun", "sde", "ddpm", "ddim"] = Field(
-        "ode-euler", description="Integrator."
-    )
+    sampler: Literal["ode-euler", "ode-heun", "sde", "ddpm", "ddim"] = Field("ode-euler", description="Integrator.")
     steps: int = Field(50, ge=1, description="Integration steps.")
     guidance_scale: float = Field(1.0, ge=0, description="1: no guidance.")
     guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="Times in which guidance acts.")
@@ -235,3 +230,11 @@ class RunConfig(Section):
     def encoders(self) -> tuple[EncoderConfig, ...]:
         """The encoders the objective needs: none for plain denoising."""
         return () if self.align.objective == "none" else (self.encoder, *self.more_encoders)
+
+    def with_absolute_paths(self) -> RunConfig:
+        """Return the same configuration with the data's folders as absolute paths, valid from anywhere."""
+        paths = {
+            name: None if path is None else path.expanduser().absolute()
+            for name, path in (("path", self.data.path), ("validation", self.data.validation))
+        }
+        return self.model_copy(update={"data": self.data.model_copy(update=paths)})

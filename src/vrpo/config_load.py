@@ -67,7 +67,9 @@ def load_file(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
-        raise ConfigError(f"{path} is not valid YAML{line}: correct it or start from `vrpo presets show NAME`.") from error
+        raise ConfigError(
+            f"{path} is not valid YAML{line}: correct it or start from `vrpo presets show NAME`."
+        ) from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no configuration: expected sections such as 'train:' and 'align:'.")
     return values

@@ -220,8 +220,7 @@ def _without_rewound(records: list[Record]) -> list[Record]:
             same[:] = [
                 earlier
                 for earlier in same
-                if earlier.get("step", 0) != step
-                or json.dumps(earlier.get("protocol"), sort_keys=True) != identity
+                if earlier.get("step", 0) != step or json.dumps(earlier.get("protocol"), sort_keys=True) != identity
             ]
         same.append(record)
     return [record for group in kept.values() for record in group]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vrpo.config import DiffusionConfig, RunConfig, SampleConfig
+from vrpo.config_load import validate
 from vrpo.data.transforms import to_uint8
 from vrpo.diffusion.losses import Denoising, FlowMatching, NoisePrediction
 from vrpo.diffusion.noise import SampleNoise
@@ -137,37 +139,92 @@ class ImageSampler:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run's network, ready to sample."""
+    """A run's network at its newest checkpoint, ready to sample."""
 
     network: DiffusionTransformer
     config: RunConfig
     step: int
     images: int
     class_names: tuple[str, ...]
-    weights: str
 
 
-def load_run(run: Path, *, weights: Literal["ema", "raw"] = "ema", device: torch.device | str = "cpu") -> LoadedRun:
+def load_run(run: Path, weights: Literal["ema", "raw"], device: torch.device) -> LoadedRun:
     """Load the newest checkpoint's network of a run.
 
     Raises:
         DataError: there is no run at that path.
         CheckpointError: it has no checkpoint, or one of another architecture.
     """
-    import json
-
-    from vrpo.config_load import validate
-
     record = Run(run)
     folder = record.latest_checkpoint()
     if folder is None:
         raise CheckpointError(f"{run} has no checkpoint yet: train it on with `vrpo train --resume --out {run}`.")
     config = validate(record.config, str(run / "config.yaml"))
     state = json.loads((folder / "state.json").read_text("utf-8"))
-    network = DiffusionTransformer(**state["network"]).to(device)
-    load_into(network, load_tensors(folder / f"{'ema' if weights == 'ema' else 'model'}.safetensors"), f"{folder}")
-    network.eval().requires_grad_(False)
-    return LoadedRun(network, config, state["step"], state["images"], tuple(state["class_names"]), weights)
+    network = DiffusionTransformer(**state["network"])
+    part = folder / f"{'ema' if weights == 'ema' else 'model'}.safetensors"
+    load_into(network, load_tensors(part), str(part))
+    network.to(device).eval().requires_grad_(False)
+    return LoadedRun(network, config, state["step"], state["images"], tuple(state["class_names"]))
+
+
+class RunSampler:
+    """Draws images from a run by its own settings, or by ``settings`` over them."""
+
+    def __init__(
+        self, run: Path, settings: dict[str, Any], weights: Literal["ema", "raw"], device: torch.device
+    ) -> None:
+        """Load the run.
+
+        Raises:
+            VrpoError: no run, no checkpoint, or a sampler that does not fit.
+        """
+        self.loaded = load_run(run, weights, device)
+        self.weights = weights
+        config = self.loaded.config
+        merged = SampleConfig.model_validate({**config.sample.model_dump(), **settings})
+        self.sampler = ImageSampler(self.loaded.network, config, device=device, settings=merged)
+
+    def draw(
+        self,
+        count: int,
+        policy: LabelPolicy,
+        seed: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return ``count`` images, uint8 (B, 3, H, W), and their labels (B,) or None."""
+        labels = sample_labels(range(count), self.loaded.network.num_classes, policy, seed)
+        told = None if progress is None else lambda done: progress(done, count)
+        return torch.cat(list(self.sampler.batches(range(count), labels, seed, told))), labels
+
+    def protocol(self, policy: LabelPolicy, seed: int) -> dict[str, Any]:
+        """Return how ``draw`` makes its images."""
+        unconditional = not self.loaded.network.num_classes
+        return {
+            **self.sampler.protocol,
+            "label_policy": "unconditional" if unconditional else policy,
+            "weights": self.weights,
+            "seed": seed,
+        }
+
+
+def write_images(images: Tensor, labels: Tensor | None, out: Path, columns: int) -> None:
+    """Write uint8 images (B, 3, H, W) as one PNG grid, an ADM npz (``arr_0`` NHWC, ``arr_1`` labels), or a PNG folder."""
+    from PIL import Image
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pixels = images.permute(0, 2, 3, 1).numpy()
+    if out.suffix == ".png":
+        Image.fromarray(grid_image(images, columns)).save(out)
+    elif out.suffix == ".npz":
+        arrays = {"arr_0": pixels} if labels is None else {"arr_0": pixels, "arr_1": labels.numpy()}
+        np.savez(out, **arrays)  # type: ignore[arg-type]
+    elif out.suffix:
+        raise ConfigError(f"--out {out} is neither a folder nor .png nor .npz: choose one of the three.")
+    else:
+        out.mkdir(exist_ok=True)
+        for index, image in enumerate(pixels):
+            Image.fromarray(image).save(out / f"{index:06d}.png")
 
 
 def grid_image(images: Tensor, columns: int) -> np.ndarray:

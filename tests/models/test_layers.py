@@ -43,9 +43,7 @@ def test_attention_equals_timm(qk_norm: bool) -> None:
     randomise(ours)
     names = {"q_norm": "query_norm", "k_norm": "key_norm", "proj": "output", "qkv": "qkv"}
     state = ours.state_dict()
-    theirs.load_state_dict(
-        {k: state[f"{names[k.split('.')[0]]}.{k.split('.')[1]}"] for k in theirs.state_dict()}
-    )
+    theirs.load_state_dict({k: state[f"{names[k.split('.')[0]]}.{k.split('.')[1]}"] for k in theirs.state_dict()})
     tokens = torch.randn(2, 9, 32)
     torch.testing.assert_close(ours(tokens), theirs(tokens), rtol=0, atol=1e-12)
 
@@ -77,9 +75,7 @@ def test_position_table_equals_diffusers(hidden_size: int, grid_size: int) -> No
 def test_position_table_puts_the_column_first() -> None:
     table = position_table(8, 3)
     row, column, frequencies = 1, 2, (1.0, 1 / 100)
-    expected = [
-        function(p * f) for p in (column, row) for function in (math.sin, math.cos) for f in frequencies
-    ]
+    expected = [function(p * f) for p in (column, row) for function in (math.sin, math.cos) for f in frequencies]
     torch.testing.assert_close(table[row * 3 + column], torch.tensor(expected), rtol=0, atol=1e-14)
 
 
@@ -106,9 +102,7 @@ def test_time_features_are_never_computed_below_float32(given: torch.dtype, kept
     features = time_features(t)
     assert features.dtype is kept
     phases = t.double()[:, None] * time_frequencies().double()
-    torch.testing.assert_close(
-        features.double(), torch.cat([phases.cos(), phases.sin()], 1), rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(features.double(), torch.cat([phases.cos(), phases.sin()], 1), rtol=0, atol=1e-6)
 
 
 def test_frequencies_fall_from_one_geometrically_towards_a_ten_thousandth() -> None:

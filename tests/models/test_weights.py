@@ -28,16 +28,15 @@ DEPTH, HEADS, WIDTH, PATCH, CLASSES = 3, 4, 32, 2, 5
 
 
 def build(source: str, **changes: Any) -> DiffusionTransformer:
-    config = dict(
-        input_size=8, patch_size=PATCH, in_channels=3, hidden_size=WIDTH, depth=DEPTH, num_heads=HEADS
-    )
+    config: dict[str, Any] = {"input_size": 8, "patch_size": PATCH, "in_channels": 3, "hidden_size": WIDTH}
+    config |= {"depth": DEPTH, "num_heads": HEADS}
     own = {"dit": ("DiT", True, False), "sit": ("SiT", True, False), "repa": ("SiT", False, True)}[source]
     config |= dict(zip(("kind", "learn_sigma", "qk_norm"), own, strict=True)) | {"num_classes": CLASSES}
     return DiffusionTransformer(**(config | changes)).double()
 
 
 def published_weights(source: str) -> dict[str, Tensor]:
-    """Random float64 weights with the names and shapes of the published models, written down independently."""
+    """Random float64 weights under the names and shapes of the published models, written down again."""
     channels = 3 if source == "repa" else 6
     layers = {
         "x_embedder.proj": (WIDTH, 3, PATCH, PATCH),
@@ -101,9 +100,7 @@ def published_forward(w: Mapping[str, Tensor], x: Tensor, t: Tensor, y: Tensor) 
     tokens = torch.einsum("bcipjq,dcpq->bijd", cells, kernel).reshape(b, grid * grid, WIDTH)
     tokens = tokens + w["x_embedder.proj.bias"] + w["pos_embed"]
     # The published code takes its frequencies in float32.
-    freqs = torch.exp(
-        -torch.log(torch.tensor(10_000.0)) * torch.arange(128, dtype=torch.float32) / 128
-    ).double()
+    freqs = torch.exp(-torch.log(torch.tensor(10_000.0)) * torch.arange(128, dtype=torch.float32) / 128).double()
     phase = t[:, None] * freqs
     c = linear("t_embedder.mlp.2", silu(linear("t_embedder.mlp.0", torch.cat([phase.cos(), phase.sin()], 1))))
     c = c + w["y_embedder.embedding_table.weight"][y]
@@ -248,9 +245,7 @@ def test_files_round_trip(source: str, suffix: str, tmp_path: Path) -> None:
 def test_every_parameter_has_its_own_published_name() -> None:
     names = list(build("repa").state_dict())
     assert {published_name(name) for name in names} == {
-        name
-        for name in published_weights("repa")
-        if name != "pos_embed" and not name.startswith("projectors.")
+        name for name in published_weights("repa") if name != "pos_embed" and not name.startswith("projectors.")
     }
     assert len({published_name(name) for name in names}) == len(names)
 
@@ -310,25 +305,21 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
         path = tmp_path / f"weights{suffix}"
         save_published(build("dit"), path, "dit")
         path.write_bytes(path.read_bytes()[:-1000])
-        with pytest.raises(CheckpointError, match="damaged|not a readable"):
+        with pytest.raises(CheckpointError, match=r"damaged|not a readable"):
             read_tensors(path)
 
 
 def test_another_architecture_names_the_first_differing_shape() -> None:
     weights = published_weights("dit")
-    with pytest.raises(
-        CheckpointError, match=r"'x_embedder.proj.weight' has shape \(32, 3, 2, 2\) in the file"
-    ):
+    with pytest.raises(CheckpointError, match=r"'x_embedder.proj.weight' has shape \(32, 3, 2, 2\) in the file"):
         from_published(weights, build("dit", hidden_size=64), "dit")
     with pytest.raises(CheckpointError, match=r"'pos_embed' has shape \(1, 16, 32\)"):
         from_published(weights, build("dit", input_size=16), "dit")
-    with pytest.raises(
-        CheckpointError, match=r"lack 10 of .* first 'blocks.3.adaLN|lack 10 of .* first 'blocks.3"
-    ):
+    with pytest.raises(CheckpointError, match=r"lack 10 of .* first 'blocks\.3\.attn"):
         from_published(weights, build("dit", depth=4), "dit")
     with pytest.raises(CheckpointError, match=r"have 10 tensors that the model has not, first 'blocks.2"):
         from_published(weights, build("dit", depth=2), "dit")
-    with pytest.raises(CheckpointError, match="first 'y_embedder.embedding_table.weight'"):
+    with pytest.raises(CheckpointError, match=r"first 'y_embedder\.embedding_table\.weight'"):
         from_published(weights, build("dit", num_classes=0), "dit")
 
 

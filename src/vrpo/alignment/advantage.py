@@ -1,8 +1,8 @@
 """From several rewards to one direction of improvement, of a size that does not depend on the rewards' units.
 
-The same four rules serve both modes. Sampled, a component is a reward's centred scores over the group of actions
-(B, N, G) and its length is their standard deviation; analytic, a component is the reward's tangent preference
-(B, N, C) and its length is the Euclidean norm, to which the former tends.
+The same four rules serve both modes. Sampled, a component is a reward's centred scores over the group of
+actions (B, N, G) and its length is their standard deviation; analytic, a component is the reward's tangent
+preference (B, N, C) and its length is the Euclidean norm, to which the former tends.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def combine(
 
     Components ``x_k`` are already divided by their running size ``s_k``. The rules:
 
-    - ``agreement``: ``sum w_k x_k / (sum w_k |x_k| + sigma0)``. Rewards that conflict shrink the result instead of
-      one of them winning, and ``sigma0`` keeps rewards that have collapsed from being amplified.
+    - ``agreement``: ``sum w_k x_k / (sum w_k |x_k| + sigma0)``. Rewards that conflict shrink the result
+      instead of one of them winning, and ``sigma0`` keeps rewards that have collapsed from being amplified.
     - ``sum``: ``x / (|x| + sigma0)`` with ``x = sum w_k x_k``: always full size (GRPO on the summed reward).
     - ``per-reward``: ``sum w_k x_k / (|x_k| + sigma0) / sum w_k``: each reward at full size.
     - ``centred``: ``sum w_k x_k / sum w_k``: no normalisation within the group (Dr. GRPO, arXiv 2503.20783).

@@ -41,18 +41,14 @@ def build_objective(
     if name == "none":
         return Objective()
     if not encoder_widths:
-        raise ConfigError(
-            f"align.objective '{name}' needs an encoder: set encoder.name or align.objective none."
-        )
+        raise ConfigError(f"align.objective '{name}' needs an encoder: set encoder.name or align.objective none.")
     depths = config.depth or (default_depth(model_size, model_depth),)
     check_depths("align.depth", depths, model_depth)
     check_depths("align.haste.attention_depths", config.haste.attention_depths, model_depth)
     if name == "vrpo":
         from vrpo.alignment.vrpo import Vrpo
 
-        return Vrpo(
-            config, hidden_size=hidden_size, depths=depths, encoder_widths=encoder_widths, tokens=tokens
-        )
+        return Vrpo(config, hidden_size=hidden_size, depths=depths, encoder_widths=encoder_widths, tokens=tokens)
     if name == "haste":
         from vrpo.alignment.haste import Haste
 
@@ -77,8 +73,6 @@ def check_depths(field: str, depths: Sequence[int], model_depth: int) -> None:
     for depth in depths:
         if not 1 <= depth <= model_depth:
             closest = f"{model_depth}, the deepest" if depth > model_depth else "1, the first"
-            raise ConfigError(
-                f"{field} {depth} is not a block of this model, which has {model_depth}: use {closest}."
-            )
+            raise ConfigError(f"{field} {depth} is not a block of this model, which has {model_depth}: use {closest}.")
     if len(set(depths)) < len(depths):
         raise ConfigError(f"{field} {', '.join(map(str, depths))} names a block twice: name each once.")

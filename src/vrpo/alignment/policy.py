@@ -1,8 +1,8 @@
-"""The spherical policy: actions around a mean direction, in a few informed directions, and their clipped surrogate.
+"""The spherical policy: actions around a mean in a few informed directions, and their clipped surrogate.
 
-An action is ``a_g = normalise(u_old + s E c_g)`` with ``E`` an orthonormal basis of k tangent directions and ``c_g``
-Gaussian in antithetic pairs. Actions stay in the k + 1 coordinates of the frame ``[u_old, E]``: no (B, N, G, C)
-tensor is formed unless a reward asks for one.
+An action is ``a_g = normalise(u_old + s E c_g)`` with ``E`` an orthonormal basis of k tangent directions
+and ``c_g`` Gaussian in antithetic pairs. Actions stay in the k + 1 coordinates of the frame ``[u_old, E]``:
+no (B, N, G, C) tensor is formed unless a reward asks for one.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import Tensor
 
 # A direction that loses all but this share of its length to those before it is rounding noise.
 _DEPENDENT = 1e-4
+_DUAL_CLIP = 3.0
 
 
 def tangent(x: Tensor, mean: Tensor) -> Tensor:
-    """Return ``T(x) = x - <x,u>u``, the part of ``x`` (..., C) tangent to the sphere at the unit vectors ``mean``."""
+    """Return ``T(x) = x - <x,u>u``, the part of ``x`` (..., C) tangent to the sphere at ``u = mean``."""
     return x - (x * mean).sum(-1, keepdim=True) * mean
 
 
@@ -28,7 +29,8 @@ class Actions:
     """G unit vectors a token, as combinations of the token's frame.
 
     Attributes:
-        frame: (B, N, k + 1, C), orthonormal rows: the policy's mean, then its exploration basis (zero rows allowed).
+        frame: (B, N, k + 1, C), orthonormal rows: the policy's mean, then its exploration basis (zero rows
+            allowed).
         weights: (B, N, G, k + 1), the actions' coordinates in the frame.
     """
 
@@ -45,7 +47,7 @@ class Actions:
         return (self.weights @ (self.frame @ vectors.unsqueeze(-1))).squeeze(-1)
 
     def project(self, matrix: Tensor) -> Tensor:
-        """Return ``matrix @ a`` for every action, (B, N, G, M), for one matrix (M, C) or one an image (B, 1, M, C)."""
+        """Return ``matrix @ a`` for every action, (B, N, G, M), for a matrix (M, C)."""
         return self.weights @ (self.frame @ matrix.transpose(-1, -2))
 
     def tensor(self) -> Tensor:
@@ -54,10 +56,10 @@ class Actions:
 
 
 def orthonormal_frame(mean: Tensor, directions: Sequence[Tensor]) -> Tensor:
-    """Return ``[mean, E]`` (B, N, k + 1, C): the directions, each broadcastable to (B, N, C), made orthonormal.
+    """Return ``[mean, E]`` (B, N, k + 1, C) from directions that broadcast to (B, N, C), made orthonormal.
 
-    Gram-Schmidt, twice, which is orthogonal to rounding. A direction that is zero, or that depends on those before
-    it, gives a zero row: it is not explored.
+    Gram-Schmidt, twice, which is orthogonal to rounding. A direction that is zero, or that depends on those
+    before it, gives a zero row: it is not explored.
     """
     frame = mean.unsqueeze(2)
     for direction in directions:
@@ -71,7 +73,7 @@ def orthonormal_frame(mean: Tensor, directions: Sequence[Tensor]) -> Tensor:
 
 
 def antithetic(half: Tensor, group: int) -> Tensor:
-    """Return ``group`` draws (B, N, G, k) from at least ``group / 2`` Gaussian ones: each is followed by its negative."""
+    """Return ``group`` draws (B, N, G, k): each of at least ``group / 2`` Gaussian ones, and its negative."""
     return torch.stack([half, -half], dim=3).flatten(2, 3)[:, :, :group]
 
 
@@ -95,14 +97,17 @@ def log_ratio(u: Tensor, actions: Actions, radius: Tensor | float) -> Tensor:
 def surrogate_gradient(
     log_rho: Tensor, advantage: Tensor, actions: Actions, radius: Tensor | float, low: float, high: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient (B, N, C) of each token's clipped surrogate with respect to ``u``, and what was clipped.
+    """Return the gradient (B, N, C) of each token's surrogate with respect to ``u``, and what was clipped.
 
-    The surrogate is ``L_pg = -s mean_g min(rho_g A_g, clip(rho_g, 1 - low, 1 + high) A_g)`` (PPO, arXiv 1707.06347,
-    eq. 7, with asymmetric bounds). A clipped action, true in the returned mask (B, N, G), has no gradient; any other
-    has ``-s A_g rho_g kappa (a_g - mean_g a) / G``. The factor ``s`` keeps the whole of order one.
+    The surrogate is ``L_pg = -s mean_g min(rho_g A_g, clip(rho_g, 1 - low, 1 + high) A_g)`` (PPO, arXiv
+    1707.06347, eq. 7, with asymmetric bounds), whose second clip ``max(., 3 A_g)`` where ``A_g < 0`` keeps
+    the gradient bounded (dual-clip PPO, arXiv 1912.09729). A clipped action, true in the returned mask (B,
+    N, G), has no gradient; any other has ``-s A_g rho_g kappa (a_g - mean_g a) / G``. The factor ``s``
+    keeps the whole of order one.
     """
     rho = log_rho.exp()
-    clipped = torch.where(advantage > 0, rho > 1 + high, rho < 1 - low) & (advantage != 0)
+    outside = (rho < 1 - low) | (rho > _DUAL_CLIP)
+    clipped = torch.where(advantage > 0, rho > 1 + high, outside & (advantage < 0))
     pull = torch.where(clipped, 0.0, advantage * rho) / (-radius * log_rho.shape[-1])
     return (pull.unsqueeze(2) @ _centred(actions.weights) @ actions.frame).squeeze(2), clipped
 
@@ -110,7 +115,8 @@ def surrogate_gradient(
 def adapted_radius(radius: Tensor, spread: Tensor, least: float = 0.1, most: float = 0.3) -> Tensor:
     """Return the radius one step nearer to where ``std(log rho)`` lies between ``least`` and ``most``.
 
-    A given lag of the old policy changes log rho by the lag over the radius: too large a spread widens the radius.
+    A given lag of the old policy changes log rho by the lag over the radius: too large a spread widens the
+    radius.
     """
     factor = torch.where(spread > most, 1.05, torch.where(spread < least, 1 / 1.05, 1.0))
     return radius * factor

@@ -1,7 +1,8 @@
-"""Rewards of the representation policy. Each depends on the action, for a constant one has no group advantage.
+"""Rewards of the representation policy. Each depends on the action, for a constant one has no group
+advantage.
 
-A reward is a score of actions and, where it has a gradient, the direction a token prefers. To add one, register a
-function, or a subclass of ``Reward`` where it also has a preference or parameters::
+A reward is a score of actions and, where it has a gradient, the direction a token prefers. To add one,
+register a function, or a subclass of ``Reward`` where it also has a preference or parameters::
 
     @register_reward("sparse")
     def sparse(actions, context):
@@ -12,7 +13,7 @@ and give it a weight: ``align.vrpo.rewards: {sparse: 0.2}``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -31,8 +32,8 @@ class RewardContext:
     Attributes:
         mean: (B, N, C) unit vectors, the policy's mean: preferences are taken here.
         target: (B, N, C) unit vectors y, the encoder's tokens of the clean image.
-        improvement: (B, N, C), ``q = -J g``: the direction in which moving ``u`` lowers the denoising loss to first
-            order; None unless a reward sets ``reads_gradient``.
+        improvement: (B, N, C), ``q = -J g``: the direction in which moving ``u`` lowers the denoising loss
+            to first order; None unless a reward sets ``reads_gradient``.
         batch: the micro-batch: times, clean latents, images.
         memo: intermediate results that a reward's score and preference share.
     """
@@ -70,7 +71,7 @@ class Reward(nn.Module):
         raise NotImplementedError
 
     def preference(self, context: RewardContext) -> Tensor:
-        """Return the gradient (B, N, C) of the reward at ``context.mean``; its tangent part is what counts."""
+        """Return the reward's gradient (B, N, C) at ``context.mean``; its tangent part counts."""
         raise NotImplementedError
 
     def loss(self, context: RewardContext) -> Tensor | None:
@@ -80,6 +81,9 @@ class Reward(nn.Module):
         """
         return None
 
+    def update(self) -> None:
+        """Advance running statistics, once after each optimiser step."""
+
 
 Score = Callable[[Actions, RewardContext], Tensor]
 Registered = TypeVar("Registered", bound="type[Reward] | Score")
@@ -88,7 +92,9 @@ _REGISTRY: dict[str, Callable[[int], Reward]] = {}
 
 
 def register_reward(name: str) -> Callable[[Registered], Registered]:
-    """Return a decorator that registers a ``Reward`` class, or a function ``(actions, context) -> (B, N, G)``."""
+    """Return a decorator that registers a ``Reward`` class, or a function ``(actions, context) -> (B, N,
+    G)``.
+    """
 
     def register(reward: Registered) -> Registered:
         if isinstance(reward, type):
@@ -143,8 +149,9 @@ class Semantic(Reward):
 class Relational(Reward):
     """``-(a - y)' C (a - y)``, ``C = y'y / N`` over the image's tokens.
 
-    An action should agree with every encoder token of the image as much as its own target does. With no more tokens
-    than channels, C is applied as two products with ``y``; only otherwise is the (C, C) matrix formed.
+    An action should agree with every encoder token of the image as much as its own target does. With no
+    more tokens than channels, C is applied as two products with ``y``; only otherwise is the (C, C) matrix
+    formed.
     """
 
     def score(self, actions: Actions, context: RewardContext) -> Tensor:
@@ -153,17 +160,15 @@ class Relational(Reward):
             return ((context.mean - context.target) * self.preference(context)).sum(-1, keepdim=True) / 2
         frame = torch.cat([actions.frame, context.target.unsqueeze(2)], dim=2)
         offset = torch.cat([actions.weights, -torch.ones_like(actions.weights[..., :1])], dim=-1)
-        gram = frame @ self._apply(frame.flatten(1, 2), context.target).view_as(frame).transpose(2, 3)
+        gram = frame @ self._metric(frame.flatten(1, 2), context.target).view_as(frame).transpose(2, 3)
         return -((offset @ gram) * offset).sum(-1)
 
     def preference(self, context: RewardContext) -> Tensor:
         """Return ``-2 C (u - y)``."""
-        return context.once(
-            "relational", lambda: -2 * self._apply(context.mean - context.target, context.target)
-        )
+        return context.once("relational", lambda: -2 * self._metric(context.mean - context.target, context.target))
 
     @staticmethod
-    def _apply(vectors: Tensor, y: Tensor) -> Tensor:
+    def _metric(vectors: Tensor, y: Tensor) -> Tensor:
         """Return ``C v`` for vectors (B, M, C)."""
         tokens, width = y.shape[1:]
         if tokens <= width:
@@ -173,7 +178,9 @@ class Relational(Reward):
 
 @register_reward("fidelity")
 class Fidelity(Reward):
-    """``<q, a>``, ``q = -J g``: the first-order fall of the denoising loss that the action brings (docs/method.md)."""
+    """``<q, a>``, ``q = -J g``: the first-order fall of the denoising loss that the action brings
+    (docs/method.md).
+    """
 
     reads_gradient = True
 

@@ -28,7 +28,9 @@ class Schedule:
         self.points.sort()
 
     def __call__(self, images: int) -> float:
-        """Return the weight after ``images`` images; before the first and after the last point it is constant."""
+        """Return the weight after ``images`` images; before the first and after the last point it is
+        constant.
+        """
         start, before = self.points[0]
         if images <= start:
             return before

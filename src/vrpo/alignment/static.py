@@ -87,6 +87,7 @@ class Repa(Objective):
         self._cosines.add(cosines)
         return self.config.weight * losses.mean()
 
+    @torch.no_grad()
     def measure(self, batch: AlignmentBatch, tokens: Mapping[int, Tensor]) -> Tensor:
         """Return the mean cosine between projected ``tokens`` (by depth) and the targets, over all heads."""
         return self._compare(batch, tokens)[1].mean()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -118,8 +118,7 @@ class Loader:
         if batch_size < 1 or batch_size % world_size:
             below = max(world_size, batch_size // world_size * world_size)
             raise ConfigError(
-                f"a batch of {batch_size} cannot be divided among {world_size} processes: "
-                f"the nearest size is {below}."
+                f"a batch of {batch_size} cannot be divided among {world_size} processes: the nearest size is {below}."
             )
         self.dataset = dataset
         self.order = BatchOrder(len(dataset), batch_size, seed)
@@ -146,7 +145,7 @@ class Loader:
             labels = None if labels is None else labels.pin_memory()
         return Batch(step, indices, pixels, labels, flipped)
 
-    def batches(self, start_step: int, stop_step: int | None = None) -> Iterator[Batch]:
+    def batches(self, start_step: int, stop_step: int | None = None) -> Generator[Batch, None, None]:
         """Yield the batches from ``start_step`` up to but without ``stop_step``, or without end where None.
 
         The background thread ends with the iteration, also where the consumer breaks off. An exception in it

@@ -85,9 +85,7 @@ class PrepareResult:
             lines.append(f"{self.resumed_shards} finished shards of an earlier run were kept.")
         if self.manifest.bad:
             first = self.manifest.bad[0]
-            lines.append(
-                f"{counts.bad:,} could not be read (all listed in {MANIFEST}): '{first.key}': {first.reason}."
-            )
+            lines.append(f"{counts.bad:,} could not be read (all listed in {MANIFEST}): '{first.key}': {first.reason}.")
         if counts.upscaled:
             lines.append(f"{counts.upscaled:,} are smaller than {size} pixels and were scaled up.")
         if counts.ignored:
@@ -269,13 +267,9 @@ def _open_journal(folder: Path, request: _Request) -> list[_Finished]:
             version = json.loads(header)["version"]
             begun = _Request.model_validate_json(header) if version == FORMAT_VERSION else None
         except (ValueError, KeyError, TypeError) as error:  # a ValidationError is a ValueError
-            raise DataError(
-                f"'{file}' is damaged: delete '{folder}' and prepare the source again."
-            ) from error
+            raise DataError(f"'{file}' is damaged: delete '{folder}' and prepare the source again.") from error
         if begun is None:
-            raise DataError(
-                f"'{folder}' was begun in format {version} of another vrpo: choose another folder."
-            )
+            raise DataError(f"'{folder}' was begun in format {version} of another vrpo: choose another folder.")
         request.refuse_other(folder, begun)
         for line in lines:
             try:
@@ -351,8 +345,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(
-                f"the disk of '{folder}' is full: free some space and repeat the command; "
-                "finished shards are kept."
+                f"the disk of '{folder}' is full: free some space and repeat the command; finished shards are kept."
             ) from error
         raise DataError(f"'{folder}' cannot be written: {error.strerror or error}.") from error
 

@@ -123,8 +123,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         version = int(content["version"])
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
-            f"'{path}' holds no prepared data set (no {MANIFEST}): "
-            f"make one with 'vrpo prepare SOURCE {path}'."
+            f"'{path}' holds no prepared data set (no {MANIFEST}): make one with 'vrpo prepare SOURCE {path}'."
         ) from error
     except (ValueError, TypeError, KeyError) as error:
         raise _damaged_manifest(file, str(error)) from error
@@ -336,9 +335,7 @@ def _views(mapped: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
     return views
 
 
-def verify_dataset(
-    path: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None
-) -> Manifest:
+def verify_dataset(path: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None) -> Manifest:
     """Check the hash of every shard of the prepared data set in ``path`` and return its manifest."""
     dataset = ShardedDataset(path)
     dataset.verify(progress)

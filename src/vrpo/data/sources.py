@@ -23,9 +23,7 @@ from numpy.typing import NDArray
 
 from vrpo.errors import DataError
 
-IMAGE_SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _SPLIT_NAMES = frozenset({"dev", "test", "testing", "train", "training", "val", "valid", "validation"})
 
 
@@ -186,8 +184,7 @@ def ArraySource(
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or len(images) == 0:
         raise DataError(
-            f"the images of '{name}' are {images.dtype} {images.shape}: "
-            "give uint8 (N, H, W, 1 or 3) with N > 0."
+            f"the images of '{name}' are {images.dtype} {images.shape}: give uint8 (N, H, W, 1 or 3) with N > 0."
         )
     if labels is None:
         numbers: list[int | None] = [None] * len(images)
@@ -195,9 +192,7 @@ def ArraySource(
     else:
         numbers = [int(label) for label in labels]
         if len(numbers) != len(images) or not set(numbers) <= set(range(len(class_names))):
-            raise DataError(
-                f"the labels of '{name}' must be one of 0..{len(class_names) - 1} for every image."
-            )
+            raise DataError(f"the labels of '{name}' must be one of 0..{len(class_names) - 1} for every image.")
     width = len(str(len(images) - 1))
     entries = [
         Entry(f"{i:0{width}d}", label, image.nbytes, i, zlib.crc32(image.tobytes()))
@@ -246,9 +241,7 @@ def _open_archive(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise DataError(
-            f"'{path}' is a damaged or incomplete zip archive ({error}): fetch it again."
-        ) from error
+        raise DataError(f"'{path}' is a damaged or incomplete zip archive ({error}): fetch it again.") from error
 
 
 def _open_zip(path: Path) -> Source:
@@ -323,9 +316,7 @@ def _nothing_found(path: Path, ignored: Counter[str]) -> str:
         return f"'{path}' is empty: give a folder or zip archive of images."
     suffixes = ", ".join(suffix or "no suffix" for suffix, _ in ignored.most_common(3))
     files = f"{ignored.total():,} file{'s are' if ignored.total() > 1 else ' is'}"
-    return (
-        f"'{path}' holds no images: its {files} of other kinds ({suffixes}); give .png, .jpg or .webp files."
-    )
+    return f"'{path}' holds no images: its {files} of other kinds ({suffixes}); give .png, .jpg or .webp files."
 
 
 def _hidden(name: str) -> bool:

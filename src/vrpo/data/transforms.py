@@ -61,9 +61,7 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize(
-        (round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC
-    )
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
     left = (image.width - size) // 2
     top = (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
@@ -86,9 +84,7 @@ def mirror(images: Tensor, flipped: Tensor) -> Tensor:
 
 def _check_dimensions(width: int, height: int, size: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise DataError(
-            f"{width} x {height} pixels exceed the limit of {max_pixels:,}; raise --max-pixels to read it"
-        )
+        raise DataError(f"{width} x {height} pixels exceed the limit of {max_pixels:,}; raise --max-pixels to read it")
     # A very long, narrow image would grow without bound when its shorter side is scaled up.
     scale = size / min(width, height)
     if scale > 1 and round(width * scale) * round(height * scale) > max_pixels:
@@ -105,8 +101,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    text = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error)).strip()
-    return text or type(error).__name__
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error)).strip()  # the same in every run
+    return f"it cannot be decoded ({text or type(error).__name__})"
 
 
 @contextmanager

@@ -63,9 +63,7 @@ def decode_entries(opener: Opener, entries: Sequence[Entry], size: int, max_pixe
             raise
         except DataError as error:
             bad.append((i, str(error)))
-        except (
-            Exception
-        ) as error:  # a damaged zip member raises any of zlib's, zipfile's and the system's errors
+        except Exception as error:  # a damaged zip member raises any of zlib's, zipfile's and the system's errors
             bad.append((i, f"it cannot be read ({error or type(error).__name__})"))
         else:
             kept.append(i)

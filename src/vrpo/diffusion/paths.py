@@ -33,11 +33,10 @@ class Quantity(StrEnum):
 class PathPoint:
     """Coefficients of a path at a time, and the linear maps that they define.
 
-    With data z and noise e, x = alpha z + sigma e and v = d_alpha z + d_sigma e. The determinant alpha
-    d_sigma - sigma d_alpha is positive for 0 < t < 1, so x and v determine z and e at every time. Two maps
-    are singular: the data from the noise where alpha = 0 (t = 1), the noise or the score from the data where
-    sigma = 0 (t = 0). There, and only there, the divisor is held at `SMALLEST_DIVISOR`, so results stay
-    finite.
+    With data z and noise e, x = alpha z + sigma e and v = d_alpha z + d_sigma e. The determinant
+    alpha d_sigma - sigma d_alpha is positive at every time, so x and v determine z and e. Singular are only
+    the data from the noise or the score where alpha = 0 (t = 1), and the noise from the data, and any score,
+    where sigma = 0 (t = 0). There the divisor is held at `SMALLEST_DIVISOR`, so results stay finite.
     """
 
     alpha: Tensor
@@ -101,7 +100,7 @@ class Path(ABC):
     def convert(self, value: Tensor, x: Tensor, t: Tensor, source: Quantity, target: Quantity) -> Tensor:
         """Convert ``value`` (B, ...) at the input ``x`` (B, ...) and times ``t`` (B,) between quantities.
 
-        The two conversions that are singular at one end are listed in `PathPoint`.
+        Conversions that are singular at one end are listed in `PathPoint`.
         """
         return self.at(t, x).convert(value, x, source, target)
 

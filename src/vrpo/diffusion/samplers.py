@@ -49,9 +49,7 @@ class _Guided:
         self._low, self._high = interval[0] - _TIME_TOLERANCE, interval[1] + _TIME_TOLERANCE
         if scale != 1.0:
             if labels is None or null_label is None:
-                raise ConfigError(
-                    f"guidance_scale {scale} needs a model with a null class: set guidance_scale to 1."
-                )
+                raise ConfigError(f"guidance_scale {scale} needs a model with a null class: set guidance_scale to 1.")
             self._both_labels = torch.cat([labels, torch.full_like(labels, null_label)])
 
     def __call__(self, state: Tensor, t: float, unit_time: float) -> Tensor:
@@ -101,9 +99,7 @@ def sample(
     source.
     """
     _check(sampler, FLOW_SAMPLERS, steps, guidance_interval)
-    velocity = _Guided(
-        network, noise, labels, guidance_scale, guidance_interval, null_label, state_dtype=state_dtype
-    )
+    velocity = _Guided(network, noise, labels, guidance_scale, guidance_interval, null_label, state_dtype=state_dtype)
     state = noise.to(state_dtype)
     if sampler == "sde":
         if noise_source is None:
@@ -114,9 +110,7 @@ def sample(
     return state.to(noise.dtype)
 
 
-def _probability_flow(
-    velocity: _Guided, state: Tensor, steps: int, heun: bool, on_step: StepCallback | None
-) -> Tensor:
+def _probability_flow(velocity: _Guided, state: Tensor, steps: int, heun: bool, on_step: StepCallback | None) -> Tensor:
     times = [(steps - step) / steps for step in range(steps + 1)]
     for step, (t, t_next) in enumerate(pairwise(times), start=1):
         slope = velocity(state, t, t)
@@ -180,9 +174,7 @@ def sample_dit(
     """
     _check(sampler, DIT_SAMPLERS, steps, guidance_interval)
     path = DiscretePath()
-    output = _Guided(
-        network, noise, labels, guidance_scale, guidance_interval, null_label, state_dtype=state_dtype
-    )
+    output = _Guided(network, noise, labels, guidance_scale, guidance_interval, null_label, state_dtype=state_dtype)
     scheduler, options = _scheduler(sampler, steps, path, noise_source)
     channels = noise.shape[1]
     state = noise.to(state_dtype)
@@ -210,9 +202,7 @@ def _scheduler(
         if path.steps % steps:
             divisors = [n for n in range(1, path.steps + 1) if path.steps % n == 0]
             closest = min(divisors, key=lambda n: abs(n - steps))
-            raise ConfigError(
-                f"the sampler 'ddim' cannot take {steps} steps of {path.steps}: take {closest}."
-            )
+            raise ConfigError(f"the sampler 'ddim' cannot take {steps} steps of {path.steps}: take {closest}.")
         scheduler = DDIMScheduler(num_train_timesteps=path.steps, clip_sample=False)
         scheduler.set_timesteps(steps)
         options: dict[str, Any] = {}
@@ -220,12 +210,8 @@ def _scheduler(
         if noise_source is None:
             raise ConfigError("the sampler 'ddpm' draws noise at every step: pass a noise_source.")
         if steps > path.steps:
-            raise ConfigError(
-                f"the sampler 'ddpm' cannot take {steps} steps of {path.steps}: take {path.steps}."
-            )
-        scheduler = DDPMScheduler(
-            num_train_timesteps=path.steps, clip_sample=False, variance_type="learned_range"
-        )
+            raise ConfigError(f"the sampler 'ddpm' cannot take {steps} steps of {path.steps}: take {path.steps}.")
+        scheduler = DDPMScheduler(num_train_timesteps=path.steps, clip_sample=False, variance_type="learned_range")
         visited = [round(last - last * k / (steps - 1)) for k in range(steps)] if steps > 1 else [last]
         scheduler.set_timesteps(timesteps=visited)
         options = {"generator": noise_source.generators}
@@ -240,6 +226,4 @@ def _check(sampler: str, choices: tuple[str, ...], steps: int, interval: tuple[f
     if steps < 1:
         raise ConfigError(f"sampling takes at least one step, not {steps}: set steps to 1 or more.")
     if interval[0] > interval[1]:
-        raise ConfigError(
-            f"guidance_interval {interval} ends before it starts: give (low, high), with 0 at the data."
-        )
+        raise ConfigError(f"guidance_interval {interval} ends before it starts: give (low, high), with 0 at the data.")

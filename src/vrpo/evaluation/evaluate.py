@@ -111,8 +111,8 @@ def evaluate_images(
     needed = NEIGHBOURS + 1 if {"precision", "recall"} & set(metrics) else 2
     if images.count < needed:
         raise EvaluationError(
-            f"There are {images.count} samples in {images.name} and {' and '.join(metrics)} need at least {needed}; "
-            "sample more images."
+            f"There are {images.count} samples in {images.name} and {' and '.join(metrics)} need at least "
+            f"{needed}; sample more images."
         )
     against = load_reference(reference, network, cache=cache, batch_size=batch_size, progress=progress)
     features = extract_features(images, network, batch_size=batch_size, progress=progress)
@@ -148,7 +148,7 @@ def evaluate_images(
 def _vectors(reference: Reference, metric: str) -> torch.Tensor:
     if reference.vectors is None:
         raise EvaluationError(
-            f"{metric} needs the reference images, and {reference.record.name} holds only their mean and covariance; "
-            "give the images or ask for fd alone."
+            f"{metric} needs the reference images, and {reference.record.name} holds only their mean and "
+            "covariance; give the images or ask for fd alone."
         )
     return reference.vectors

@@ -1,4 +1,4 @@
-"""From images to features: every kind of image source in batches, and reference features kept beside their data."""
+"""From images to features: every kind of source in batches, and reference features kept beside their data."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class FeatureNetwork(Protocol):
 class ImageSet:
     """Images to be scored: ``batches(size)`` yields uint8 (B, 3, H, W) in a fixed order, ``count`` in all.
 
-    ``identify`` returns text that changes whenever the images do, asked of reference images only; ``folder`` is where
-    their features may be kept, if anywhere.
+    ``identify`` returns text that changes whenever the images do, asked of reference images only; ``folder``
+    is where their features may be kept, if anywhere.
     """
 
     name: str
@@ -69,7 +69,7 @@ ImageLike = ImageSet | ShardedDataset | Tensor | str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Reference:
-    """Features of reference images: moments of all, and the vectors of at most 10,000 (None where not kept)."""
+    """Features of reference images: moments of all, and vectors of at most 10,000 (None where not kept)."""
 
     record: ReferenceRecord
     features: FeaturesRecord
@@ -78,9 +78,10 @@ class Reference:
 
 
 def open_images(source: ImageLike) -> ImageSet:
-    """Open a prepared data set, a folder or zip of images, an ``.npz`` with ``arr_0``, or a uint8 tensor (N, 3, H, W).
+    """Open a prepared data set, a folder or zip of images, an ``.npz``, or a tensor, as an `ImageSet`.
 
-    Raises EvaluationError or DataError where it holds no images or cannot be read.
+    An ``.npz`` holds ``arr_0``, uint8 (N, H, W, 3), as the ADM evaluator reads it; a tensor is uint8 (N, 3,
+    H, W). Raises EvaluationError or DataError where it holds no images or cannot be read.
     """
     if isinstance(source, ImageSet):
         return source
@@ -150,8 +151,8 @@ def load_reference(
     """Return the reference features of images, from the cache where they were computed before.
 
     The cache is the folder ``cache``, or ``features`` inside a prepared data set; its key holds the data's
-    fingerprint and the network's name, weights, input size and precision. A cache file is itself a valid source.
-    Raises EvaluationError for features of another network.
+    fingerprint and the network's name, weights, input size and precision. A cache file is itself a valid
+    source. Raises EvaluationError for features of another network.
     """
     features = FeaturesRecord.of(network)
     if isinstance(source, Reference):
@@ -229,16 +230,15 @@ def _read_reference(file: Path, features: FeaturesRecord) -> Reference:
         # With every row at hand, a set smaller than its dimensions keeps its exact covariance factor.
         statistics = FeatureStatistics()
         statistics.update(vectors)
-    record = ReferenceRecord(
-        str(entries.get("name", file.name)), statistics.count, str(entries.get("fingerprint", ""))
-    )
+    record = ReferenceRecord(str(entries.get("name", file.name)), statistics.count, str(entries.get("fingerprint", "")))
     return Reference(record, features, statistics, vectors)
 
 
 def _other_network(name: str, architecture: str, features: FeaturesRecord) -> EvaluationError:
     return EvaluationError(
-        f"The reference {name} holds features of {architecture} with other weights, input size or precision than "
-        f"the {features.architecture} at {features.input_size} px asked for; give the images or use that network."
+        f"The reference {name} holds features of {architecture} with other weights, input size or precision "
+        f"than the {features.architecture} at {features.input_size} px asked for; give the images or use "
+        "that network."
     )
 
 
@@ -267,7 +267,7 @@ def _from_dataset(dataset: ShardedDataset) -> ImageSet:
 
 
 def _from_source(source: Source) -> ImageSet:
-    """Images of a folder or zip, which must all have one size; equal files have equal fingerprints in either."""
+    """Images of a folder or zip, all of one size; equal files have equal fingerprints in either."""
 
     def identify() -> str:
         digest = hashlib.sha256()
@@ -281,16 +281,14 @@ def _from_source(source: Source) -> ImageSet:
         with ThreadPoolExecutor(_DECODERS) as pool:
             for start in range(0, len(source.entries), size):
                 entries = source.entries[start : start + size]
-                decoded = list(
-                    pool.map(_decode, _contents(source, entries), (entry.key for entry in entries))
-                )
+                decoded = list(pool.map(_decode, _contents(source, entries), (entry.key for entry in entries)))
                 shape = shape or decoded[0].shape
                 for entry, image in zip(entries, decoded, strict=True):
                     if image.shape != shape:
                         raise EvaluationError(
-                            f"'{source.name}' mixes image sizes: '{entry.key}' has {image.shape[1]}x{image.shape[0]} "
-                            f"pixels where the first image has {shape[1]}x{shape[0]}; bring all to one size with "
-                            "'vrpo prepare'."
+                            f"'{source.name}' mixes image sizes: '{entry.key}' has "
+                            f"{image.shape[1]}x{image.shape[0]} pixels where the first image has "
+                            f"{shape[1]}x{shape[0]}; bring all to one size with 'vrpo prepare'."
                         )
                 yield torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).contiguous()
 
@@ -310,9 +308,7 @@ def _decode(content: bytes, key: str) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(content)) as image:
             return np.asarray(image.convert("RGB"))
     except Exception as error:  # decoders raise any type on damaged bytes
-        raise EvaluationError(
-            f"Image '{key}' cannot be decoded ({error}); replace it or remove it."
-        ) from error
+        raise EvaluationError(f"Image '{key}' cannot be decoded ({error}); replace it or remove it.") from error
 
 
 def _from_npz(path: Path) -> ImageSet:
@@ -360,9 +356,7 @@ def _npz_members(path: Path) -> set[str]:
 def _npy_header(stream: Any, path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
     try:
         version = np.lib.format.read_magic(stream)
-        reader = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
+        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran_order, dtype = reader(stream)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise EvaluationError(f"'arr_0' of {path} is no array ({error}); write the file again.") from error

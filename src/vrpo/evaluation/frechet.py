@@ -15,12 +15,13 @@ from vrpo.errors import EvaluationError
 
 Array = NDArray[np.float64]
 
-# Rows are folded into the moments in blocks of this fixed size, so the sums do not depend on how a caller batches.
+# Rows are folded into the moments in blocks of this fixed size, so the sums do not depend on how a caller
+# batches.
 _BLOCK = 4096
 
 
 class _Moments(NamedTuple):
-    count: int
+    samples: int
     mean: Array
     scatter: Array
 
@@ -28,9 +29,9 @@ class _Moments(NamedTuple):
 class FeatureStatistics:
     """Mean and covariance of a stream of feature vectors, in float64.
 
-    Blocks are centred on their own mean and joined by the pairwise update of Chan, Golub and LeVeque (1979, eq. 2.1),
-    so a large common offset costs no digits. The rows of a set that fits one block are kept: with fewer
-    samples than dimensions, the distance uses them instead of a singular covariance.
+    Blocks are centred on their own mean and joined by the pairwise update of Chan, Golub and LeVeque (1979,
+    eq. 2.1), so a large common offset costs no digits. The rows of a set that fits one block are kept: with
+    fewer samples than dimensions, the distance uses them instead of a singular covariance.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class FeatureStatistics:
 
     @classmethod
     def from_moments(cls, mean: Array, covariance: Array, count: int | None = None) -> FeatureStatistics:
-        """Build statistics from a mean (D,) and covariance (D, D); ``count`` is None where it was not recorded."""
+        """Build statistics from a mean (D,) and covariance (D, D); ``count`` is None where not recorded."""
         mean = np.array(mean, dtype=np.float64)
         covariance = np.array(covariance, dtype=np.float64)
         if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
@@ -61,7 +62,7 @@ class FeatureStatistics:
         """Number of feature vectors seen, or None where loaded statistics do not say."""
         if not self._count_known:
             return None
-        return self._pending + (self._folded.count if self._folded else 0)
+        return self._pending + (self._folded.samples if self._folded else 0)
 
     @property
     def width(self) -> int:
@@ -82,7 +83,7 @@ class FeatureStatistics:
         return scatter / (count - 1)
 
     def update(self, features: torch.Tensor | NDArray) -> None:
-        """Add feature vectors (B, D) of any float type; raises EvaluationError on NaN, infinity or another width."""
+        """Add feature vectors (B, D); raises EvaluationError on NaN, infinity or another width."""
         if isinstance(features, torch.Tensor):
             features = features.detach().cpu().numpy()
         rows = np.array(features, dtype=np.float64)
@@ -92,9 +93,7 @@ class FeatureStatistics:
                 "give a matrix (samples, dimensions) from one network."
             )
         if not self._count_known:
-            raise EvaluationError(
-                "Statistics without a sample count cannot be extended; compute them afresh."
-            )
+            raise EvaluationError("Statistics without a sample count cannot be extended; compute them afresh.")
         _require_finite(rows)
         start = 0
         while start < len(rows):
@@ -106,7 +105,7 @@ class FeatureStatistics:
             start += len(taken)
 
     def merge(self, other: FeatureStatistics) -> None:
-        """Add all that ``other`` has seen, as after the streams of several processes; ``other`` is unchanged."""
+        """Add all that ``other`` has seen, such as another process's share; ``other`` is unchanged."""
         if not (self._count_known and other._count_known):
             raise EvaluationError("Statistics without a sample count cannot be merged; compute them afresh.")
         if self.width and other.width and self.width != other.width:
@@ -119,7 +118,7 @@ class FeatureStatistics:
             self.update(rows)
 
     def save(self, path: Path | str, **fields: object) -> None:
-        """Write an ``.npz`` with ``mu`` and ``sigma``, as ADM reference files name them, and further arrays or scalars."""
+        """Write an ``.npz`` with ``mu`` and ``sigma``, as ADM references name them, and further fields."""
         entries = {name: np.array(value) for name, value in fields.items()}
         if self.count is not None:
             entries["count"] = np.array(self.count)
@@ -128,7 +127,7 @@ class FeatureStatistics:
 
     @classmethod
     def load(cls, path: Path | str) -> FeatureStatistics:
-        """Read statistics written by `save` or an ADM reference ``.npz``; raises EvaluationError without them."""
+        """Read statistics that `save` wrote, or an ADM ``.npz``; raises EvaluationError without any."""
         try:
             with np.load(path, allow_pickle=False) as archive:
                 count = int(archive["count"]) if "count" in archive else None
@@ -144,7 +143,8 @@ class FeatureStatistics:
         """Return A (D, r) with A A^T equal to the covariance and r its numerical rank."""
         count, mean, scatter = self._moments()
         if not self._folded and count <= self.width:
-            # The centred rows are an exact factor, where eigenvalues of the singular covariance would add noise.
+            # The centred rows are an exact factor, where eigenvalues of the singular covariance would add
+            # noise.
             return (np.concatenate(self._rows) - mean).T / np.sqrt(count - 1)
         values, vectors = np.linalg.eigh(scatter / (count - 1))
         # Below this, an eigenvalue is rounding error of the sums; its square root would not be negligible.
@@ -156,7 +156,7 @@ class FeatureStatistics:
     def _moments(self) -> _Moments:
         whole = copy.copy(self)
         whole._fold()
-        if whole._folded is None or whole._folded.count < 2:
+        if whole._folded is None or whole._folded.samples < 2:
             raise EvaluationError(
                 f"A covariance needs at least 2 samples and {self.count} were given; sample more images."
             )
@@ -168,7 +168,8 @@ class FeatureStatistics:
         rows = np.concatenate(self._rows)
         mean = rows.mean(axis=0)
         rows -= mean
-        # numpy multiplies a matrix by its own transpose as a symmetric update: half the work, exactly symmetric.
+        # numpy multiplies a matrix by its own transpose as a symmetric update: half the work, exactly
+        # symmetric.
         self._folded = _joined(self._folded, _Moments(self._pending, mean, rows.T @ rows))
         self._rows, self._pending = [], 0
 
@@ -176,20 +177,19 @@ class FeatureStatistics:
 def _joined(first: _Moments | None, second: _Moments) -> _Moments:
     if first is None:
         return second
-    count = first.count + second.count
+    count = first.samples + second.samples
     shift = second.mean - first.mean
-    spread = np.outer(shift, shift) * (first.count * second.count / count)
-    return _Moments(
-        count, first.mean + shift * (second.count / count), first.scatter + second.scatter + spread
-    )
+    spread = np.outer(shift, shift) * (first.samples * second.samples / count)
+    return _Moments(count, first.mean + shift * (second.samples / count), first.scatter + second.scatter + spread)
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """Return |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Dowson and Landau 1982, eq. 4), in squared feature units.
+    """Return |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in squared feature units.
 
-    With C = A A^T, the trace of the root is the sum of the singular values of A1^T A2: the square roots of the
-    eigenvalues of the symmetric product C1^(1/2) C2 C1^(1/2), without squaring them first, so zero eigenvalues
-    stay at rounding error. Raises EvaluationError for sets of different width.
+    The formula is eq. 4 of Dowson and Landau (1982). With C = A A^T, the trace of the root is the sum of the
+    singular values of A1^T A2: the square roots of the eigenvalues of the symmetric product C1^(1/2) C2
+    C1^(1/2), without squaring them first, so zero eigenvalues stay at rounding error. Raises EvaluationError
+    for sets of different width.
     """
     if first.width != second.width:
         raise EvaluationError(

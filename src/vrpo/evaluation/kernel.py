@@ -30,11 +30,12 @@ def kernel_distance(
     subset_size: int = SUBSET_SIZE,
     seed: int = SEED,
 ) -> KernelDistance:
-    """Return KID between features (N, D) and (M, D) under k(x, y) = (x . y / D + 1)^3 (Binkowski et al. 2018, sec. 4).
+    """Return KID between features (N, D) and (M, D), with the kernel k(x, y) = (x . y / D + 1)^3.
 
-    The unbiased estimate (Gretton et al. 2012, eq. 3) is averaged over seeded random subsets without repetition. The
-    draws and defaults are torch-fidelity's, so equal features in equal order give its number.
-    Raises EvaluationError when a set is smaller than ``subset_size``.
+    The kernel is that of Binkowski et al. (2018, sec. 4). The unbiased estimate (Gretton et al. 2012, eq. 3)
+    is averaged over seeded random subsets without repetition. The draws and defaults are torch-fidelity's, so
+    equal features in equal order give its number. Raises EvaluationError when a set is smaller than
+    ``subset_size``.
     """
     first, second = _matrix(samples), _matrix(reference)
     if first.shape[1] != second.shape[1]:
@@ -44,8 +45,8 @@ def kernel_distance(
         )
     if not 2 <= subset_size <= min(len(first), len(second)):
         raise EvaluationError(
-            f"KID over subsets of {subset_size} needs 2 or more, and no more than the {len(first)} samples and "
-            f"{len(second)} reference images given; sample more images or lower the subset size."
+            f"KID over subsets of {subset_size} needs 2 or more, and no more than the {len(first)} samples "
+            f"and {len(second)} reference images given; sample more images or lower the subset size."
         )
     draws = np.random.RandomState(seed)
     values = [

@@ -18,6 +18,7 @@ _BLOCK = 2048
 # Pairs whose distance is recomputed at once: bounds the gathered rows, 4096 x 2048 in float64 being 64 MiB.
 _PAIRS = 4096
 _GROUP = 16
+_SPARE = 2
 
 
 class PrecisionRecall(NamedTuple):
@@ -39,10 +40,10 @@ def precision_recall(
 ) -> PrecisionRecall:
     """Return precision and recall of features (N, D) against (M, D) (Kynkaanniemi et al. 2019, eq. 1 and 2).
 
-    A point lies on a set's manifold when its distance to some member is at most that member's distance to its k-th
-    nearest other member, k = 3 as in the ADM evaluator. Distances come from float32 matrix products in blocks;
-    those that rounding could put on the wrong side are recomputed from float64 differences, so the result is
-    that of exact distances. Raises EvaluationError when a set has no k-th neighbour.
+    A point lies on a set's manifold when its distance to some member is at most that member's distance to its
+    k-th nearest other member, k = 3 as in the ADM evaluator. Distances come from float32 matrix products in
+    blocks; those that rounding could put on the wrong side are recomputed from float64 differences, so the
+    result is that of exact distances. Raises EvaluationError when a set has no k-th neighbour.
     """
     for name, features in (("samples", samples), ("reference images", reference)):
         if len(features) <= neighbours:
@@ -55,7 +56,8 @@ def precision_recall(
             f"Features of {samples.shape[1]} and {reference.shape[1]} dimensions cannot be compared; "
             "use one network for both."
         )
-    # Distances do not change by a common shift; without it |x|^2 + |y|^2 - 2 x.y cancels in its leading digits.
+    # Distances do not change by a common shift; without it |x|^2 + |y|^2 - 2 x.y cancels in its leading
+    # digits.
     shift = reference.double().mean(dim=0)
     with _full_precision():
         first, second = (_points(features, shift, neighbours, device) for features in (reference, samples))
@@ -76,8 +78,8 @@ def _points(features: Tensor, shift: Tensor, neighbours: int, device: torch.devi
 def _squared_radii(features: Tensor, norms: Tensor, neighbours: int) -> Tensor:
     """Squared distance (N,) of each point to its k-th nearest other point, in float64."""
     count = len(features)
-    # Two spare candidates: float32 may order near-equal neighbours wrongly, float64 then chooses among them.
-    kept = min(neighbours + 2, count - 1)
+    # Spare candidates: float32 may order near-equal neighbours wrongly, float64 then chooses among them.
+    kept = min(neighbours + _SPARE, count - 1)
     values = torch.full((count, kept), torch.inf, device=features.device)
     indices = torch.zeros((count, kept), dtype=torch.long, device=features.device)
 
@@ -102,11 +104,38 @@ def _squared_radii(features: Tensor, norms: Tensor, neighbours: int) -> Tensor:
                 offer(columns, distances.T, rows.start)
     owner = torch.arange(count, device=features.device).repeat_interleave(kept)
     exact = _exact_squared(features, owner, features, indices.flatten()).view(count, kept)
-    return exact.kthvalue(neighbours, dim=1).values
+    radii = exact.kthvalue(neighbours, dim=1).values
+    limits = values[:, neighbours - 1] + 2 * _rounding(norms, norms, features.shape[1])
+    # Where even the last candidate lies within rounding of the k-th, a nearer point may have been left out.
+    crowded = (values[:, -1] <= limits).nonzero().flatten() if kept < count - 1 else owner[:0]
+    # Few rows at once bound the number of pairs among repeated images.
+    for rows in crowded.split(_BLOCK // 8):
+        radii[rows] = _crowded_radii(features, norms, rows, limits[rows], neighbours)
+    return radii
+
+
+def _crowded_radii(features: Tensor, norms: Tensor, rows: Tensor, limits: Tensor, neighbours: int) -> Tensor:
+    """The squared radii (R,) of ``rows`` from exact distances of all points that may lie within ``limits``."""
+    owners, found = [], []
+    memory = _block_memory(features)
+    for columns in _blocks(len(features)):
+        distances = _products(features[rows], features[columns], norms[columns], memory)
+        distances += norms[rows, None]
+        owner, column = (distances <= limits[:, None]).nonzero(as_tuple=True)
+        column += columns.start
+        other = column != rows[owner]
+        owner, column = owner[other], column[other]
+        owners.append(owner)
+        found.append(_exact_squared(features, rows[owner], features, column))
+    owner, exact = torch.cat(owners), torch.cat(found)
+    order = exact.argsort()
+    order = order[owner[order].argsort(stable=True)]
+    counts = owner.bincount(minlength=len(rows))
+    return exact[order][counts.cumsum(0) - counts + neighbours - 1]
 
 
 def _smallest(distances: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """The ``kept`` smallest entries of each row of (R, C) and their columns, (R, kept) each, padded with infinity.
+    """The ``kept`` smallest entries of each row of (R, C), or all if fewer, and their columns.
 
     The k smallest entries lie in the k groups of columns with the smallest minima, and minima are cheap.
     """
@@ -128,7 +157,7 @@ def _smallest(distances: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 
 
 def _nearest_slack(first: _Points, second: _Points) -> tuple[Tensor, Tensor]:
-    """Smallest squared distance minus squared radius of the other set's points: (N,) for each set, float32."""
+    """Smallest squared distance to the other set's points less their squared radius, for each set."""
     slack_first = torch.full_like(first.norms, torch.inf)
     slack_second = torch.full_like(second.norms, torch.inf)
     bias = (second.norms - second.radii).float()
@@ -147,7 +176,7 @@ def _nearest_slack(first: _Points, second: _Points) -> tuple[Tensor, Tensor]:
 
 def _covered(points: _Points, manifold: _Points, slack: Tensor) -> float:
     """Share of points within a ball of the manifold; doubtful ones are settled by exact distances."""
-    margin = _rounding(points, manifold)
+    margin = _rounding(points.norms, manifold.norms + manifold.radii.float(), points.features.shape[1])
     inside = slack < -margin
     doubtful = (slack.abs() <= margin).nonzero().flatten()
     memory = _block_memory(points.features)
@@ -163,11 +192,10 @@ def _covered(points: _Points, manifold: _Points, slack: Tensor) -> float:
     return inside.double().mean().item()
 
 
-def _rounding(points: _Points, manifold: _Points) -> Tensor:
-    """A bound (N,) on the float32 error of squared distances from the points to the manifold's members."""
-    # Rounding of a D-term product grows as sqrt(D) (Higham and Mary 2019); 4 is several times what is measured.
-    scale = points.norms + manifold.norms.max() + manifold.radii.max().float()
-    return 4 * torch.finfo(torch.float32).eps * points.features.shape[1] ** 0.5 * scale
+def _rounding(norms: Tensor, other_norms: Tensor, width: int) -> Tensor:
+    """A bound (N,) on the float32 error of squared distances from points of squared ``norms``."""
+    # Rounding of a D-term product grows as sqrt(D) (Higham and Mary 2019); 4 is generous against measurement.
+    return 4 * torch.finfo(torch.float32).eps * width**0.5 * (norms + other_norms.max())
 
 
 def _block_memory(features: Tensor) -> Tensor:
@@ -176,7 +204,7 @@ def _block_memory(features: Tensor) -> Tensor:
 
 
 def _products(rows: Tensor, columns: Tensor, bias: Tensor, memory: Tensor) -> Tensor:
-    """``bias`` - 2 rows columns^T, written into ``memory``: (R, C) of rows (R, D), columns (C, D), bias (C,)."""
+    """``bias`` - 2 rows columns^T in ``memory``: (R, C) of rows (R, D), columns (C, D), bias (C,)."""
     out = memory[: len(rows) * len(columns)].view(len(rows), len(columns))
     return torch.addmm(bias, rows, columns.T, alpha=-2, out=out)
 

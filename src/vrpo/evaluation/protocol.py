@@ -48,7 +48,7 @@ class ReferenceRecord:
 
 @dataclass(frozen=True)
 class FeaturesRecord:
-    """The feature network: friendly name, architecture, hash of the weights, input side in pixels, arithmetic."""
+    """The feature network: friendly name, architecture, weights' hash, input side in pixels, arithmetic."""
 
     name: str
     architecture: str
@@ -119,11 +119,8 @@ class Protocol:
         if self.kid:
             parts.append("KID over {subsets} subsets of {subset_size}, seed {seed}".format(**self.kid))
         if self.manifold:
-            parts.append(
-                "manifolds of {samples:,} samples and {reference:,} reference images, k = {neighbours}".format(
-                    **self.manifold
-                )
-            )
+            text = "manifolds of {samples:,} samples and {reference:,} reference images, k = {neighbours}"
+            parts.append(text.format(**self.manifold))
         return "; ".join(parts)
 
     def _sampling(self) -> str:

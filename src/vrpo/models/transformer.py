@@ -56,10 +56,7 @@ class ModelName(NamedTuple):
 
 
 MODEL_NAMES = {
-    f"{kind}-{size}/{patch}": ModelName(kind, size, patch)
-    for kind in KINDS
-    for size in SIZES
-    for patch in PATCH_SIZES
+    f"{kind}-{size}/{patch}": ModelName(kind, size, patch) for kind in KINDS for size in SIZES for patch in PATCH_SIZES
 }
 
 
@@ -207,9 +204,7 @@ class DiffusionTransformer(nn.Module):
         for block in self.blocks:
             block.compile(**options)
 
-    def _run_block(
-        self, block: nn.Module, tokens: Tensor, condition: Tensor, tap: AttentionTap | None
-    ) -> Tensor:
+    def _run_block(self, block: nn.Module, tokens: Tensor, condition: Tensor, tap: AttentionTap | None) -> Tensor:
         if tap is not None:
             # Module.__call__ without the compiled code but with the hooks, which sharding relies on.
             return block._call_impl(tokens, condition, tap)

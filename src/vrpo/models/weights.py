@@ -182,9 +182,8 @@ def read_tensors(path: str | Path) -> StateDict:
     for key in ("ema", "model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    tensors = (
-        {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
-    )
+    entries = content.items() if isinstance(content, Mapping) else ()
+    tensors = {name: value for name, value in entries if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(f"'{path}' holds no named tensors: give a state dict, as safetensors or .pt.")
     return tensors

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
+from vrpo.evaluation.protocol import network_label
 from vrpo.report import formats
 from vrpo.report.compare import Table
 from vrpo.report.groups import Group, beyond_objective
@@ -56,9 +57,9 @@ def _circular(groups: Sequence[Group]) -> list[str]:
             for key, value in flatten(group.runs[0].config).items():
                 names_network = re.fullmatch(r"(encoder|more_encoders\.\d+)\.(name|weights)", key)
                 if names_network and isinstance(value, str):
-                    encoders.add(_network(value))
+                    encoders.add(network_label(PurePath(value).name))
     features = {m.protocol.features for group in groups for curves in group.curves for m in curves} - {""}
-    circular = sorted(name for name in features if _network(name) in encoders)
+    circular = sorted(features & encoders)
     if circular and len(circular) == len(features):
         return [
             f"Scored only in {', '.join(circular)}, the encoder that runs were aligned to: this is circular; "
@@ -67,26 +68,20 @@ def _circular(groups: Sequence[Group]) -> list[str]:
     return [f"{', '.join(circular)} is an encoder that runs were aligned to."] if circular else []
 
 
-def _network(name: str) -> str:
-    stem = PurePath(name).stem.lower().removeprefix("tf_")
-    return re.sub(r"_(imagenet|timm|in1k|100)\b.*|[-_.]", "", stem)
-
-
 def _budgets(groups: Sequence[Group], tables: Sequence[Table]) -> list[str]:
     found = []
     spans = {group.label: [cost.images for cost in group.costs if cost.images] for group in groups}
     every = [images for span in spans.values() for images in span]
     if every and max(every) > min(every):
-        longest = ", ".join(f"{label} {formats.count(max(span))}" for label, span in spans.items() if span)
+        short = [label for label, span in spans.items() if span and min(span) < max(every)]
         found.append(
-            f"The runs saw different numbers of images ({longest}): scores are at the largest common one."
+            f"The runs saw different numbers of images, {formats.count(min(every))} to "
+            f"{formats.count(max(every))} (fewer: {', '.join(short)}): scores are at the largest common one."
         )
     for table in tables:
         apart = [measure.label for measure in table.measures if table.images[measure] is None]
         if apart:
-            found.append(
-                f"{', '.join(apart)}: not measured at a common number of images, each run's last is given."
-            )
+            found.append(f"{', '.join(apart)}: not measured at a common number of images, each run's last is given.")
     return list(dict.fromkeys(found))
 
 

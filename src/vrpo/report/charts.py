@@ -65,17 +65,12 @@ def _measures(groups: Sequence[Group]) -> list[Measure]:
     return sorted(found, key=lambda measure: measure.protocol.held_out)
 
 
-def _measure_chart(
-    comparison: Comparison, styles: dict[str, Style], measure: Measure, axis: Axis
-) -> Chart | None:
+def _measure_chart(comparison: Comparison, styles: dict[str, Style], measure: Measure, axis: Axis) -> Chart | None:
     secondary = not measure.lower_is_better or measure.metric.startswith("kid")
     if axis == "seconds" and secondary:
         return None
     longest = [
-        x
-        for group in comparison.groups
-        for curve in group.curves_of(measure).values()
-        for x, _ in curve.along(axis)
+        x for group in comparison.groups for curve in group.curves_of(measure).values() for x, _ in curve.along(axis)
     ]
     if not longest:
         return None
@@ -101,14 +96,13 @@ def _line(pairs: Sequence[tuple[float, float]], unit: float, style: Style, faint
     return Line([x / unit for x, _ in pairs], [y for _, y in pairs], style, faint)
 
 
-def _trace_chart(
-    groups: Sequence[Group], styles: dict[str, Style], key: str, title: str, y_label: str
-) -> Chart | None:
+def _trace_chart(groups: Sequence[Group], styles: dict[str, Style], key: str, title: str, y_label: str) -> Chart | None:
     lines = []
     for group in groups:
         traces = [item for run in group.runs if len((item := trace(run, "train", key)).positions) > 1]
         lines += _trace_lines(traces, styles[group.label])
-    return Chart(title, draw_lines(lines, "images", y_label)) if lines else None
+    share = any(word in y_label for word in ("share", "fraction"))
+    return Chart(title, draw_lines(lines, "images", y_label, zero=share)) if lines else None
 
 
 def _trace_lines(traces: Sequence[Trace], style: Style, label: str = "") -> list[Line]:
@@ -137,9 +131,7 @@ def _profile_chart(groups: Sequence[Group], styles: dict[str, Style]) -> Chart |
 def telemetry_sections(comparison: Comparison, styles: dict[str, Style]) -> list[TelemetrySection]:
     """Return what the objectives logged: scalars with all groups in one figure, then a section a group."""
     together = [
-        _trace_chart(
-            comparison.groups, styles, "objective_share", "Share of time in the objective", "share of step"
-        )
+        _trace_chart(comparison.groups, styles, "objective_share", "Share of time in the objective", "share of step")
     ]
     logs = {group.label: objective_logs(group.runs) for group in comparison.groups}
     scalars = dict.fromkeys(
@@ -167,24 +159,21 @@ def _group_charts(group: Group, names: dict[str, bool]) -> list[Chart]:
     found = [classify(name) for name in names]
     charts: list[Chart | None] = [
         _reward_lines(group, [item for item in found if item.role == "reward mean"], "Rewards: mean"),
-        _reward_lines(
-            group, [item for item in found if item.role == "reward spread"], "Rewards: spread in the group"
-        ),
+        _reward_lines(group, [item for item in found if item.role == "reward spread"], "Rewards: spread in the group"),
     ]
 
-    def history(item: Telemetry, title: str, note: str, diverging: bool, unit_range: bool = False) -> None:
+    def history(item: Telemetry, title: str, note: str, diverging: bool, share: bool = False) -> None:
         values = binned_history(group.runs, item.name)
         if values is not None:
-            limits = (0.0, 1.0) if unit_range and np.nanmin(values.values) >= 0 else None
-            svg = draw_history(values.values, values.images, diverging=diverging, limits=limits)
+            svg = draw_history(values.values, values.images, diverging=diverging, share=share)
             charts.append(Chart(title, svg, note))
 
     drawers: dict[str, Callable[[Telemetry], None]] = {
         "agreement": lambda item: history(item, "Agreement", "cos(Ty, Tq) by time bin", True),
         "gate": lambda item: history(item, "Gate", "omega by time bin", False, True),
-        "reward mean": lambda item: history(item, f"Reward {item.label}: mean", "by time bin", True),
-        "reward spread": lambda item: history(item, f"Reward {item.label}: spread", "by time bin", False),
-        "other": lambda item: history(item, item.label.capitalize(), "by time bin", False),
+        "reward mean": lambda item: history(item, f"Reward {item.label}: mean", "", True),
+        "reward spread": lambda item: history(item, f"Reward {item.label}: spread", "", False),
+        "other": lambda item: history(item, item.label.capitalize(), "", False),
     }
     binned = [item for item in found if names[item.name]]
     for role, draw in drawers.items():

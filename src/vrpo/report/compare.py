@@ -140,7 +140,7 @@ def compare(
 
     if not runs:
         raise DataError("no runs to compare: give one or more folders made by vrpo train.")
-    opened = [Run(path) for path in dict.fromkeys(Path(run).resolve() for run in runs)]
+    opened = [Run(path) for path in {Path(run).resolve(): run for run in reversed(runs)}.values()][::-1]
     groups, repeated = group_runs(opened)
     reference = choose_baseline(groups, baseline)
     groups = (reference, *(group for group in groups if group is not reference))
@@ -174,30 +174,27 @@ def common_budget(curves: Sequence[Curve]) -> float | None:
 
 def _tables(groups: Sequence[Group]) -> list[Table]:
     measures = list(dict.fromkeys(m for group in groups for curves in group.curves for m in curves))
-    sampled: list[Protocol | None] = list(
-        dict.fromkeys(m.protocol for m in measures if not m.protocol.held_out)
-    )
+    sampled: list[Protocol | None] = list(dict.fromkeys(m.protocol for m in measures if not m.protocol.held_out))
     held_out: list[Protocol | None] = list(dict.fromkeys(m.protocol for m in measures if m.protocol.held_out))
     tables: list[Table] = []
     for protocol in sampled or [None]:
         for held in held_out or [None]:
-            shown = [m for m in measures if m.protocol in (protocol, held)]
-            rows = [group for group in groups if _belongs(group, protocol, held)]
+            shown = [m for kind in (protocol, held) for m in measures if m.protocol == kind]
+            first = not tables
+            rows = [group for group in groups if _belongs(group, protocol, held, first)]
             if rows and shown:
                 tables.append(_table(protocol, held, shown, rows))
     return [table for table in tables if any(final.score for _, row in table.rows for final in row.values())]
 
 
-def _belongs(group: Group, protocol: Protocol | None, held_out: Protocol | None) -> bool:
-    """Whether a group can stand in a table: scored by its protocols, or not scored in that way at all."""
+def _belongs(group: Group, protocol: Protocol | None, held_out: Protocol | None, first: bool) -> bool:
+    """Whether a group can stand in a table: scored by its protocols, or, in the first table, not at all."""
     own = {measure.protocol for curves in group.curves for measure in curves}
     sampled = {item for item in own if not item.held_out}
-    return (not sampled or protocol in sampled) and (own == sampled or held_out in own)
+    return (protocol in sampled or (not sampled and first)) and (own == sampled or held_out in own)
 
 
-def _table(
-    protocol: Protocol | None, held_out: Protocol | None, measures: list[Measure], groups: list[Group]
-) -> Table:
+def _table(protocol: Protocol | None, held_out: Protocol | None, measures: list[Measure], groups: list[Group]) -> Table:
     images: dict[Measure, float | None] = {}
     finals: dict[str, dict[Measure, Final]] = {group.label: {} for group in groups}
     for measure in measures:
@@ -271,6 +268,8 @@ def _result_line(comparison: Comparison, row: EqualQuality) -> str:
     seeds = f", {row.images.n} seeds" if row.images.n > 1 else ""
     scores = f"({formats.with_interval(own)} vs {formats.with_interval(reference)}{at}{seeds})"
     goal = f"{base}'s final {measure.label}"
+    if reference is None or formats.score(reference.mean) != formats.score(row.target):
+        goal += f" of {formats.score(row.target)}"  # the baseline was trained beyond the common budget
     if row.images.reached == 0:
         return f"{row.group.label} does not reach {goal} {scores}"
     if row.images.reached < row.images.n:

@@ -33,7 +33,7 @@ _MARKERS = "os^Dv"
 
 # Colours that stand for a variable of the page's style sheet; they are exchanged in the finished SVG.
 _INK, _RULE = "#fd0001", "#fd0002"
-_FONT = 8.0
+_FONT = 8.5
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,7 @@ def assign_styles(objectives: Sequence[str]) -> list[Style]:
         free = list(range(len(PALETTE)))
     for name in dict.fromkeys(names):
         if name not in slots:
-            slots[name] = (
-                free[len(slots) % len(free)] if crowded else free.pop(0) if len(free) > 1 else free[0]
-            )
+            slots[name] = free[len(slots) % len(free)] if crowded else free.pop(0) if len(free) > 1 else free[0]
     seen: dict[str, int] = {}
     styles = []
     for index, name in enumerate(names):
@@ -130,12 +128,13 @@ def draw_lines(
         return _svg(figure)
 
 
-def draw_history(
-    values: np.ndarray, images: float, *, diverging: bool = False, limits: tuple[float, float] | None = None
-) -> str:
-    """Draw values (bins, columns) over images (across) and time (up, 0 = data), with its colour scale."""
+def draw_history(values: np.ndarray, images: float, *, diverging: bool = False, share: bool = False) -> str:
+    """Draw values (bins, columns) over images (across) and time (up, 0 = data), with its colour scale.
+
+    ``diverging`` centres the colours on zero; ``share`` makes them dark where a value between 0 and 1 is low.
+    """
     finite = values[np.isfinite(values)]
-    low, high = limits or (float(finite.min()), float(finite.max()))
+    low, high = (0.0, 1.0) if share else (float(finite.min()), float(finite.max()))
     if diverging:
         high = max(abs(low), abs(high)) or 1.0
         low = -high
@@ -144,7 +143,7 @@ def draw_history(
     with _canvas(height=1.75) as (figure, axes):
         from matplotlib import colormaps
 
-        colours = colormaps["PuOr" if diverging else "cividis"].copy()
+        colours = colormaps["PuOr" if diverging else "Blues_r" if share else "Blues"].copy()
         colours.set_bad(alpha=0)
         axes.imshow(
             np.ma.masked_invalid(values),
@@ -158,6 +157,8 @@ def draw_history(
         )
         axes.set_xlabel("images")
         axes.set_ylabel("time t")
+        for spine in axes.spines.values():
+            spine.set_visible(True)
         axes.set_yticks([0, 0.5, 1])
         axes.xaxis.set_major_formatter(_short_count)
         scale = axes.inset_axes((1.03, 0, 0.035, 1))
@@ -186,9 +187,7 @@ def time_unit(seconds: float) -> tuple[float, str]:
 def _y_range(lines: Sequence[Line], zoom: bool) -> tuple[float, float]:
     ends = [float(np.nanmax(line.x)) for line in lines if len(line.x)]
     start = 0.08 * max(ends) if zoom and ends else -np.inf
-    settled = [
-        y for line in lines for x, y in zip(line.x, line.y, strict=True) if np.isfinite(y) and x >= start
-    ]
+    settled = [y for line in lines for x, y in zip(line.x, line.y, strict=True) if np.isfinite(y) and x >= start]
     if not settled:
         return 0.0, 1.0
     low, high = min(settled), max(settled)
@@ -209,7 +208,7 @@ def _short_count(value: float, _position: object = None) -> str:
 
 @contextmanager
 def _canvas(height: float) -> Iterator[tuple[Figure, Axes]]:
-    """Open a figure 4.2 inches wide, without pyplot's global state, in the page's style."""
+    """Open a figure 4 inches wide, without pyplot's global state, in the page's style."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -223,7 +222,7 @@ def _canvas(height: float) -> Iterator[tuple[Figure, Axes]]:
         "text.parse_math": False,
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(4.2, height), layout="constrained")
+        figure = Figure(figsize=(4.0, height), layout="constrained")
         FigureCanvasSVG(figure)
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()

@@ -8,6 +8,7 @@ from typing import Any
 from vrpo.report.curves import Interval
 
 MISSING = "–"
+_SPACE = "\u00a0"
 
 
 def decimals(value: float) -> int:
@@ -61,12 +62,14 @@ def duration(seconds: float | None) -> str:
     if seconds is None or not math.isfinite(seconds):
         return MISSING
     if seconds < 60:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f}{_SPACE}s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
+        return f"{minutes}{_SPACE}min{_SPACE}{rest:02d}{_SPACE}s"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours / 24:.1f} days"
+    if hours < 48:
+        return f"{hours}{_SPACE}h{_SPACE}{minutes:02d}{_SPACE}min"
+    return f"{hours / 24:.1f}{_SPACE}days"
 
 
 def plain(value: Any) -> str:
@@ -74,7 +77,7 @@ def plain(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, bool):
-        return "yes" if value else "no"
+        return "on" if value else "off"
     if isinstance(value, list | tuple):
         return ", ".join(plain(item) for item in value) if value else "()"
     return f"{value:g}" if isinstance(value, float) else str(value)

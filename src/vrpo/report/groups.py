@@ -47,9 +47,7 @@ class Group:
     def curves_of(self, measure: Measure) -> dict[int | None, Curve]:
         """Return the curves of one measure by seed, for the runs that have it."""
         return {
-            seed: curves[measure]
-            for seed, curves in zip(self.seeds, self.curves, strict=True)
-            if measure in curves
+            seed: curves[measure] for seed, curves in zip(self.seeds, self.curves, strict=True) if measure in curves
         }
 
     def cost(self, name: str) -> float | None:
@@ -64,9 +62,7 @@ def identity(run: Run) -> dict[str, Any]:
     Data sets are known by fingerprint where the run recorded one, not by where they lie.
     """
     leaves = {
-        key: value
-        for key, value in flatten(run.config).items()
-        if key not in _PLACES and key.split(".")[-1] != "seed"
+        key: value for key, value in flatten(run.config).items() if key not in _PLACES and key.split(".")[-1] != "seed"
     }
     fingerprint = (run.info.get("data") or {}).get("fingerprint")
     if fingerprint and "data.path" in leaves:

@@ -46,14 +46,13 @@ class Grid:
 
     columns: tuple[Head, ...]
     rows: tuple[tuple[Head, tuple[Cell, ...]], ...]
-    caption: str = ""
-    corner: str = ""
+    captions: tuple[str, ...] = ()
 
     def transposed(self) -> Grid:
         """Return the table with rows and columns exchanged."""
         cells = zip(*(row for _, row in self.rows), strict=True)
         rows = tuple((head, tuple(column)) for head, column in zip(self.columns, cells, strict=True))
-        return Grid(tuple(head for head, _ in self.rows), rows, self.caption, self.corner)
+        return Grid(tuple(head for head, _ in self.rows), rows, self.captions)
 
 
 @dataclass(frozen=True)
@@ -85,16 +84,16 @@ def render(comparison: Comparison) -> str:
             strict=True,
         )
     )
-    charts = curve_charts(comparison, styles)
+    together = len(comparison.tables) == 1 and len(groups) <= _WIDEST
     return environment.get_template("report.html.j2").render(
         comparison=comparison,
         styles=styles,
         palette=PALETTE,
         version=__version__,
-        tables=[headline(table, comparison, styles) for table in comparison.tables],
-        cost=None if comparison.tables else cost_grid(comparison, styles),
+        tables=[headline(table, comparison, styles, with_cost=together) for table in comparison.tables],
+        cost=None if together else cost_grid(comparison, styles),
         speed_ups=[speed_up_row(row, styles) for row in comparison.speed_ups],
-        charts=charts,
+        charts=curve_charts(comparison, styles),
         telemetry=telemetry_sections(comparison, styles),
         samples=sample_figures(comparison, styles),
         differences=difference_grid(comparison, styles),
@@ -105,8 +104,8 @@ def render(comparison: Comparison) -> str:
     )
 
 
-def headline(table: Table, comparison: Comparison, styles: dict[str, Style]) -> Grid:
-    """Return a table of final scores and costs: a row a measure, or where there are many groups a row a group."""
+def headline(table: Table, comparison: Comparison, styles: dict[str, Style], with_cost: bool) -> Grid:
+    """Return a table of final scores, and costs: a row a measure; for many groups, a row a group."""
     shown = [group for group, _ in table.rows]
     rows = []
     for measure in table.measures:
@@ -128,17 +127,18 @@ def headline(table: Table, comparison: Comparison, styles: dict[str, Style]) -> 
         if budget is None:
             note += ", last measured"
         rows.append((Head(measure.label, note), tuple(cells)))
-    rows += _cost_rows(shown, comparison.baseline)
-    caption = " ".join(
+    if with_cost:
+        rows += _cost_rows(shown, comparison.baseline)
+    captions = tuple(
         f"{name}: {protocol.text}."
         for name, protocol in (("Samples", table.protocol), ("Held-out loss", table.held_out))
         if protocol
     )
-    return _oriented(Grid(_group_heads(shown, styles), tuple(rows), caption))
+    return _oriented(Grid(_group_heads(shown, styles), tuple(rows), captions))
 
 
 def cost_grid(comparison: Comparison, styles: dict[str, Style]) -> Grid:
-    """Return the table of costs alone, for runs without any score."""
+    """Return the table of costs alone, where it would not fit the scores or there are several tables of those."""
     rows = tuple(_cost_rows(comparison.groups, comparison.baseline))
     return _oriented(Grid(_group_heads(comparison.groups, styles), rows))
 
@@ -170,11 +170,13 @@ def _cost_rows(groups: Sequence[Group], baseline: Group) -> list[tuple[Head, tup
             cells.append(Cell(show(value), compared))
         return Head(title, note), tuple(cells)
 
+    same_budget = len({group.cost("images") for group in groups}) == 1
     rows = [
         row("images", "Images", "trained on", formats.count),
-        row("seconds", "Wall-clock", "training only", formats.duration, relative=True),
+        row("seconds", "Wall-clock", "training only", formats.duration, relative=same_budget),
         row("images_per_second", "Images per second", "median", formats.score, relative=True),
         row("objective_share", "Time in objective", "share of training", formats.percent),
+        row("target_share", "Time in encoders", "share of training", formats.percent),
         row("data_wait", "Waiting for data", "share of training", formats.percent),
         row("memory_mb", "Memory", "peak", formats.memory, relative=True),
     ]
@@ -204,7 +206,7 @@ def _speed_up_cell(found: PairedSpeedUp | None, show: Any) -> Cell:
         return Cell("too early to tell", needs)
     text = f"{found.bound} {formats.ratio(found.ratio)}".strip()
     if found.low is not None and found.high is not None:
-        needs = f"{formats.ratio(found.low)} to {formats.ratio(found.high)}; {needs}"
+        needs = f"{formats.ratio(found.low)} to {formats.ratio(found.high)}\n{needs}"
     return Cell(text, needs, best=found.ratio > 1)
 
 
@@ -226,9 +228,7 @@ def sample_figures(comparison: Comparison, styles: dict[str, Style]) -> dict[str
     for stage in stages:
         figures = []
         for group, run in chosen:
-            grid = next(
-                (grid for grid in reversed(run.sample_grids) if stage is None or grid.images == stage), None
-            )
+            grid = next((grid for grid in reversed(run.sample_grids) if stage is None or grid.images == stage), None)
             if grid is not None:
                 figures.append(_sample_figure(group, styles[group.label], run, grid))
         rows.append((None if stage is None else formats.count(stage), figures))
@@ -266,11 +266,9 @@ def _label_text(run: Run) -> str:
     grid = run.sample_grids[-1]
     if not grid.labels or not grid.columns:
         return ""
-    classes = (run.info.get("data") or {}).get("classes")
+    classes = class_names(run)
     names = [
-        str(classes[label])
-        if isinstance(classes, list) and isinstance(label, int) and 0 <= label < len(classes)
-        else formats.plain(label)
+        str(classes[label]) if isinstance(label, int) and 0 <= label < len(classes) else formats.plain(label)
         for label in grid.labels
     ]
     rows = [names[start : start + grid.columns] for start in range(0, len(names), grid.columns)]
@@ -279,6 +277,12 @@ def _label_text(run: Run) -> str:
     if all(row == rows[0] for row in rows):
         return "columns from the left: " + ", ".join(rows[0])
     return "row by row: " + "; ".join(", ".join(row) for row in rows)
+
+
+def class_names(run: Run) -> list[Any]:
+    """Return the names of the classes, empty where the run did not record them."""
+    data = run.info.get("data") or {}
+    return next((data[key] for key in ("class_names", "classes") if isinstance(data.get(key), list)), [])
 
 
 def difference_grid(comparison: Comparison, styles: dict[str, Style]) -> Grid | None:
@@ -325,8 +329,7 @@ def commands(comparison: Comparison) -> list[str]:
     """Return the commands that train the runs again and make this report."""
     runs = [run for group in comparison.groups for run in group.runs]
     lines = [
-        f"vrpo train --config {shlex.quote(str(run.path / 'config.yaml'))} "
-        f"--out {shlex.quote(f'{run.path}-again')}"
+        f"vrpo train --config {shlex.quote(str(run.path / 'config.yaml'))} --out {shlex.quote(f'{run.path}-again')}"
         for run in runs
     ]
     folders = " ".join(shlex.quote(str(run.path)) for run in runs)

@@ -6,14 +6,16 @@ import json
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any
 
+from vrpo.evaluation.protocol import Protocol as Recorded
+from vrpo.evaluation.protocol import network_label
 from vrpo.report.curves import Curve
 from vrpo.runs import Record, Run, flatten
 
-_LOWER_IS_BETTER = ("fd", "fid", "sfid", "kid", "denoising", "loss")
+_LOWER_IS_BETTER = {"fd", "fid", "sfid", "kid", "denoising"}
 _METRIC_NAMES = {
     "fd": "FD",
     "fid": "FID",
@@ -63,10 +65,19 @@ def evaluation_protocol(record: Record) -> Protocol:
     """Return the protocol of an evaluation record, without what only says where its samples came from."""
     given = record.get("protocol")
     items = flatten(given) if isinstance(given, Mapping) else {"protocol": given}
-    items = {key: value for key, value in items.items() if key.split(".")[-1] not in _NOT_PROTOCOL}
-    names = ("features", "features.name", "feature_network")
-    features = next((items[key] for key in names if key in items), "")
-    return Protocol.of(items, PurePath(str(features or "")).stem)
+    items = {
+        key: value
+        for key, value in items.items()
+        if key.split(".")[-1] not in _NOT_PROTOCOL and value not in (None, {})
+    }
+    names = ("features.name", "features", "feature_network")
+    features = str(next((items[key] for key in names if key in items), ""))
+    protocol = Protocol.of(items, network_label(PurePath(features).name if "/" in features else features))
+    try:
+        text = Recorded.from_dict({**given, "seed": None}).line() if isinstance(given, Mapping) else ""
+    except (TypeError, KeyError, AttributeError, ValueError):  # scored by something else than vrpo evaluate
+        text = ""
+    return replace(protocol, text=text or protocol.text)
 
 
 def held_out_protocol(run: Run) -> Protocol:
@@ -95,15 +106,17 @@ class Measure:
     @property
     def lower_is_better(self) -> bool:
         """Whether smaller values are better, so that a speed-up can be told."""
-        return self.metric.split("_")[0].lower() in _LOWER_IS_BETTER
+        return self.metric.lower() in _LOWER_IS_BETTER
 
     @property
     def label(self) -> str:
         """The score's name; a distance is named after its feature network."""
-        name = _METRIC_NAMES.get(self.metric.lower(), self.metric)
-        if self.metric.lower() == "fd" and self.protocol.features:
-            return f"FD-{self.protocol.features}"
-        return name
+        name, network = _METRIC_NAMES.get(self.metric.lower(), self.metric), self.protocol.features
+        if self.metric.lower() not in ("fd", "kid") or not network:
+            return name
+        if network.lower() == "inception":
+            return {"FD": "FID"}.get(name, name)
+        return f"{name}-{network}"
 
 
 def measure_curves(run: Run) -> dict[Measure, Curve]:
@@ -140,13 +153,15 @@ def number(value: object) -> float:
 class Cost:
     """What training took; None where it was not logged.
 
-    Shares are of the training time, 0 to 1; memory is the peak in MB; ``skipped`` counts non-finite steps.
+    Shares are of the training time, 0 to 1: in the objective, in the encoders that make its targets, and
+    waiting for data. Memory is the peak in MB; ``skipped`` counts non-finite steps.
     """
 
     images: float | None
     seconds: float | None
     images_per_second: float | None
     objective_share: float | None
+    target_share: float | None
     memory_mb: float | None
     data_wait: float | None
     skipped: float | None
@@ -164,15 +179,19 @@ def training_cost(run: Run) -> Cost:
         return max(found) if found else None
 
     steady = records[1:] or records
-    speed, share, wait = (
-        values(key, steady) for key in ("images_per_second", "objective_share", "data_wait")
-    )
+    speed = values("images_per_second", steady)
+
+    def mean(key: str) -> float | None:
+        found = values(key, steady)
+        return statistics.fmean(found) if found else None
+
     return Cost(
         images=last("images"),
         seconds=last("seconds"),
         images_per_second=statistics.median(speed) if speed else None,
-        objective_share=statistics.fmean(share) if share else None,
+        objective_share=mean("objective_share"),
+        target_share=mean("target_share"),
         memory_mb=last("memory_mb"),
-        data_wait=statistics.fmean(wait) if wait else None,
+        data_wait=mean("data_wait"),
         skipped=last("skipped"),
     )

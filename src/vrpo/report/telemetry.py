@@ -33,9 +33,7 @@ def classify(name: str) -> Telemetry:
     label = " ".join(words)
     if {"reward", "rewards"} & set(words):
         spread = bool({"spread", "std"} & set(words))
-        plain = [
-            word for word in words if word not in {"reward", "rewards", "mean", "spread", "std", "by", "time"}
-        ]
+        plain = [word for word in words if word not in {"reward", "rewards", "mean", "spread", "std", "by", "time"}]
         return Telemetry(name, "reward spread" if spread else "reward mean", " ".join(plain) or "reward")
     if "agreement" in words:
         return Telemetry(name, "agreement", label)
@@ -104,7 +102,7 @@ class BinnedHistory:
 
 
 def binned_history(runs: Sequence[Run], key: str, columns: int = 64) -> BinnedHistory | None:
-    """Return a value by time bin in equal stretches of training, averaged over runs; None without two records."""
+    """Return a value by time bin in equal stretches of training, averaged over runs, None if absent."""
     tables = [rows for run in runs if (rows := _binned_rows(run.metrics("train"), key))]
     if not tables:
         return None

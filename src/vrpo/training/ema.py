@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from vrpo.models.transformer import DiffusionTransformer
 
 
 class Ema:
@@ -15,15 +17,17 @@ class Ema:
     initial weights.
     """
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
+    def __init__(self, network: DiffusionTransformer, decay: float) -> None:
         self.decay = decay
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.network: DiffusionTransformer = copy.deepcopy(network).eval()
+        self.network.requires_grad_(False)
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
         """Move the average towards ``network`` after optimiser step ``step`` (counted from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        averaged = list(self.network.parameters())
-        torch._foreach_lerp_(averaged, list(network.parameters()), 1 - decay)
+        averaged: list[Tensor] = list(self.network.parameters())
+        values: list[Tensor] = list(network.parameters())
+        torch._foreach_lerp_(averaged, values, 1 - decay)
         for mean, value in zip(self.network.buffers(), network.buffers(), strict=True):
             mean.copy_(value)

@@ -20,7 +20,7 @@ from vrpo.diffusion.losses import Denoising
 from vrpo.models.taps import Taps
 from vrpo.models.transformer import DiffusionTransformer
 from vrpo.randomness import STREAM_VALIDATION, step_generator
-from vrpo.sampling import DTYPES, ImageSampler, grid_image, sample_labels
+from vrpo.sampling import DTYPES, ImageSampler, grid_image
 from vrpo.training.targets import Targets
 
 VALIDATION_BATCH = 128
@@ -46,7 +46,9 @@ class Validation:
         self._dtype = DTYPES[config.train.precision]
 
     @torch.no_grad()
-    def __call__(self, averaged: DiffusionTransformer, trunk: DiffusionTransformer, objective: Objective) -> dict[str, Any]:
+    def __call__(
+        self, averaged: DiffusionTransformer, trunk: DiffusionTransformer, objective: Objective
+    ) -> dict[str, Any]:
         """Return the held-out denoising loss of the averaged weights and the alignment of the trained ones."""
         losses: list[Tensor] = []
         cosines: list[tuple[Tensor, int]] = []
@@ -124,10 +126,3 @@ def save_grid(sampler: ImageSampler, folder: Path, images_seen: int, num_classes
         "columns": settings.columns,
         "labels": [] if labels is None else labels.tolist(),
     }
-
-
-def draw_for_evaluation(sampler: ImageSampler, count: int, num_classes: int) -> Tensor:
-    """Return ``count`` samples as uint8 (B, 3, H, W) under the run's label policy."""
-    config = sampler.config
-    labels = sample_labels(range(count), num_classes, config.evaluate.labels, config.seed)
-    return sampler.images(range(count), labels, config.seed)

@@ -111,9 +111,7 @@ class Targets:
     def online(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Return the targets of images that are not rows of the training data."""
         found = [encoder.tokens(pixels) for encoder in self.encoders]
-        return tuple(
-            tokens if mean is None else tokens - mean for tokens, mean in zip(found, self.means, strict=True)
-        )
+        return tuple(tokens if mean is None else tokens - mean for tokens, mean in zip(found, self.means, strict=True))
 
     def _mean(self, index: int, dataset: ShardedDataset, rows: np.ndarray) -> Tensor:
         total, count = torch.zeros((), device=self.device), 0

@@ -90,9 +90,7 @@ class Trainer:
         self.step, self.images, self.seconds = 0, 0, 0.0
         parts, train = self.parts, config.train
         self.ema = Ema(parts.trunk, train.ema)
-        self.optimizer = Optimizer(
-            [*parts.trunk.parameters(), *parts.objective.parameters()], train, parts.device
-        )
+        self.optimizer = Optimizer([*parts.trunk.parameters(), *parts.objective.parameters()], train, parts.device)
         self.module = DenoisingStep(parts.trunk, parts.objective, parts.denoising, DTYPES[train.precision])
         if resume:
             self._resume()
@@ -111,7 +109,7 @@ class Trainer:
             pin_memory=parts.device.type == "cuda",
         )
         self._sampler = ImageSampler(self.ema.network, config, device=parts.device)
-        self._validate = None
+        self._validate: Validation | None = None
         if parts.held_out is not None:
             depths = getattr(parts.objective, "depths", ())
             self._validate = Validation(config, parts.held_out, parts.denoising, parts.targets, depths, parts.device)
@@ -209,7 +207,8 @@ class Trainer:
     def _observe(self, journal: Journal, first: bool = False, last: bool = False) -> None:
         train = self.config.train
         if self._validate is not None and train.validate_every and (last or self._due(train.validate_every)):
-            record = self._pause(lambda: self._validate(self.ema.network, self.parts.trunk, self.parts.objective))  # type: ignore[misc]
+            validate, parts = self._validate, self.parts
+            record = self._pause(lambda: validate(self.ema.network, parts.trunk, parts.objective))
             self._write(journal, "validation", **record)
         if train.sample_every and (first or last or self._due(train.sample_every)):
             record = self._pause(
@@ -217,7 +216,7 @@ class Trainer:
             )
             self._write(journal, "samples", **record)
         if self._scorer is not None and train.evaluate_every and (last or self._due(train.evaluate_every)):
-            self._write(journal, "evaluation", **self._pause(lambda: self._scorer()))  # type: ignore[misc]
+            self._write(journal, "evaluation", **self._pause(self._scorer))
 
     def _pause(self, work: Callable[[], Any]) -> Any:
         """Do ``work`` off the training clock."""

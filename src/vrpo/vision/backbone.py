@@ -18,8 +18,8 @@ class Backbone(nn.Module):
 
     Attributes:
         name: what the user called it.
-        family: ``timm``, ``transformers`` or ``vrpo-conv``.
         feature: which of its token maps is read, as text.
+        patches: whether it is a vision transformer, with a patch for each token.
         stride: input pixels for each token along a side.
         divisible: whether the input's side must be a multiple of ``stride``.
         fixed_input: the only input side it takes, or None.
@@ -29,8 +29,8 @@ class Backbone(nn.Module):
     """
 
     name: str
-    family: str
     feature: str
+    patches: bool = False
     stride: int
     divisible: bool = False
     fixed_input: int | None = None
@@ -38,6 +38,11 @@ class Backbone(nn.Module):
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     weights_hash: str
+
+    @property
+    def family(self) -> str:
+        """``vit`` for patch tokens of a vision transformer, ``conv`` for positions of a feature map."""
+        return "vit" if self.patches else "conv"
 
     @abstractmethod
     def tokens(self, images: Tensor) -> Tensor:

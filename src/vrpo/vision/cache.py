@@ -62,9 +62,7 @@ class TokenCache:
         """Whether the tokens of every row are there."""
         return len(self._hashes) == self.parts
 
-    def build(
-        self, *, batch_size: int = 64, progress: Callable[[int, int], None] | None = None
-    ) -> TokenCache:
+    def build(self, *, batch_size: int = 64, progress: Callable[[int, int], None] | None = None) -> TokenCache:
         """Compute what is missing, part by part, and return self; interrupted, it goes on at the next part.
 
         ``progress`` is called with the rows done and the rows in all.

@@ -101,7 +101,6 @@ class ConvEncoder(nn.Module):
 class ConvBackbone(Backbone):
     """A fitted ``ConvEncoder`` as a backbone."""
 
-    family = ARCHITECTURE
     stride = STRIDE
     feature = "last"
     mean, std = HALF, HALF
@@ -138,7 +137,9 @@ def load_conv(weights: str | Path | None, *, feature: int | None = None) -> Conv
         )
     text = read_metadata(path).get(METADATA_KEY)
     if text is None:
-        raise CheckpointError(f"{path} was not written by `vrpo encoder fit`: name its architecture, not '{ARCHITECTURE}'.")
+        raise CheckpointError(
+            f"{path} was not written by `vrpo encoder fit`: name its architecture, not '{ARCHITECTURE}'."
+        )
     record = json.loads(text)
     network = ConvEncoder(ConvConfig(**record["config"]))
     fit_weights(network, read_weights(path), architecture=ARCHITECTURE, source=path)
@@ -193,7 +194,6 @@ def fit_encoder(
     held_out = max(1, min(HELD_OUT_MOST, int(len(dataset) * HELD_OUT_SHARE)))
     test_rows, train_rows = np.sort(order[:held_out]), order[held_out:]
     batch_size = min(BATCH_SIZE, len(train_rows))
-    # fused and foreach variants are avoided on the CPU so that equal steps give equal bits
     optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_RATE, weight_decay=WEIGHT_DECAY)
     start = reported = time.perf_counter()
     step, done, queue = 0, 0.0, np.empty(0, dtype=np.int64)
@@ -226,18 +226,30 @@ def fit_encoder(
             f"({dataset.num_classes} classes, {step} steps, {seconds:.0f} s)"
         )
     path = Path(out)
-    record = {"config": asdict(config), "accuracy": accuracy, "steps": step, "seed": seed, "dataset": dataset.fingerprint}
+    record = {
+        "config": asdict(config),
+        "accuracy": accuracy,
+        "steps": step,
+        "seed": seed,
+        "dataset": dataset.fingerprint,
+    }
     _save(network, path, json.dumps(record, sort_keys=True))
     return FitResult(accuracy=accuracy, seconds=seconds, steps=step, path=path)
 
 
 def _check_data(dataset: ImageRows) -> None:
     if dataset.num_classes == 0:
-        raise DataError("The data set is unlabelled, and fitting an encoder needs classes: use a published encoder instead.")
+        raise DataError(
+            "The data set is unlabelled, and fitting an encoder needs classes: use a published encoder instead."
+        )
     if dataset.num_classes == 1:
-        raise DataError("The data set has one class only, and fitting an encoder needs two: use a published encoder instead.")
+        raise DataError(
+            "The data set has one class only, and fitting an encoder needs two: use a published encoder instead."
+        )
     if len(dataset) < LEAST_IMAGES:
-        raise DataError(f"The data set has {len(dataset)} images, and fitting an encoder needs {LEAST_IMAGES}: add images.")
+        raise DataError(
+            f"The data set has {len(dataset)} images, and fitting an encoder needs {LEAST_IMAGES}: add images."
+        )
 
 
 def _schedule(done: float) -> float:
@@ -276,9 +288,7 @@ def _augment(images: Tensor, generator: torch.Generator, flips: bool) -> Tensor:
 
 
 @torch.no_grad()
-def _accuracy(
-    network: ConvEncoder, dataset: ImageRows, rows: np.ndarray, size: int, device: torch.device
-) -> float:
+def _accuracy(network: ConvEncoder, dataset: ImageRows, rows: np.ndarray, size: int, device: torch.device) -> float:
     network.eval()
     right = 0
     for start in range(0, len(rows), 256):

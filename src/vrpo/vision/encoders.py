@@ -35,6 +35,9 @@ class FeatureNetwork(nn.Module):
         self.requires_grad_(False)
         self.eval()
         self.to(device)
+        if not backbone.patches:
+            # depthwise convolutions are nearly twice as fast with channels last on a CPU
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def fingerprint(self) -> str:
@@ -62,7 +65,7 @@ class FeatureNetwork(nn.Module):
         if images.shape[-2:] != (self.input_size, self.input_size):
             size = (self.input_size, self.input_size)
             normalised = F.interpolate(normalised, size=size, mode="bicubic", antialias=True)
-        return normalised
+        return normalised if self.backbone.patches else normalised.contiguous(memory_format=torch.channels_last)
 
     def _precision(self, device: torch.device) -> torch.autocast:
         # enabled or not, this shields the encoder from the caller's autocast
@@ -93,8 +96,7 @@ class Encoder(FeatureNetwork):
     def fingerprint(self) -> str:
         """Text that changes whenever the tokens do: name, weights, input size, feature, grid."""
         return (
-            f"{self.name} weights={self.weights_hash} input={self.input_size} "
-            f"feature={self.feature} grid={self.grid}"
+            f"{self.name} weights={self.weights_hash} input={self.input_size} feature={self.feature} grid={self.grid}"
         )
 
     def tokens(self, images: Tensor) -> Tensor:

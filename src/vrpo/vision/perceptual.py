@@ -17,14 +17,14 @@ from vrpo.vision.weight_files import fit_weights, read_weights
 DESCRIPTORS = ("contrast", "horizontal", "falling", "vertical", "rising", "laplacian")
 """What ``patch_descriptors`` returns, in order; the four in the middle are directions of change."""
 
-_STEPS = ((0, 1), (1, 1), (1, 0), (-1, 1))
+_STEPS = ((0, 1), (1, 1), (1, 0), (1, -1))
 
 
 def patch_descriptors(images: Tensor, tokens: int) -> Tensor:
-    """Return six amplitudes of each patch of images or latents (B, C, H, W), as (B, tokens, 6) in float32.
+    """Return six amplitudes of each patch of images or latents (B, C, H, W), as float32 (B, tokens, 6).
 
-    The patches are the cells of a square grid of ``tokens``. In order: the standard deviation within the patch
-    (local contrast), the root mean square of the central difference along four directions (rightwards,
+    The patches are the cells of a square grid of ``tokens``. In order: the standard deviation within the
+    patch (local contrast), the root mean square of the central difference along four directions (rightwards,
     right-downwards, downwards, right-upwards; per pixel of distance), and that of the 5-point Laplacian.
     Variances and squares are averaged over channels; beyond the edge the image is repeated.
     """
@@ -115,19 +115,17 @@ _LPIPS_LAYERS = {
 
 
 class Lpips(nn.Module):
-    """LPIPS (arXiv 1801.03924), from local files: torchvision's AlexNet or VGG-16, and LPIPS' linear weights.
+    """LPIPS (arXiv 1801.03924) from local files: torchvision's AlexNet or VGG-16, and its linear weights.
 
-    ``backbone`` holds torchvision's keys (``features.0.weight``...; a classifier in it is ignored), ``linear``
-    those of the ``lpips`` package (``lin0.model.1.weight``...). Raises CheckpointError for files that are
-    missing or of another network.
+    ``backbone`` holds torchvision's keys (``features.0.weight``...; a classifier is ignored), ``linear`` those
+    of the ``lpips`` package (``lin0.model.1.weight``...). Raises CheckpointError for files that are missing or
+    of another network.
     """
 
     shift: Tensor
     scale: Tensor
 
-    def __init__(
-        self, backbone: str | Path, linear: str | Path, network: Literal["alex", "vgg"] = "vgg"
-    ) -> None:
+    def __init__(self, backbone: str | Path, linear: str | Path, network: Literal["alex", "vgg"] = "vgg") -> None:
         super().__init__()
         from torchvision.models import alexnet, vgg16
 
@@ -150,9 +148,7 @@ class Lpips(nn.Module):
             f"lin{index}": nn.ModuleDict({"model": nn.Sequential(nn.Identity(), head)})
             for index, head in enumerate(self.heads)
         }
-        fit_weights(
-            nn.ModuleDict(wrapped), read_weights(linear), architecture=f"LPIPS on {name}", source=linear
-        )
+        fit_weights(nn.ModuleDict(wrapped), read_weights(linear), architecture=f"LPIPS on {name}", source=linear)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
         self.requires_grad_(False)

@@ -26,8 +26,6 @@ PROBE = 128
 class TimmBackbone(Backbone):
     """A timm network without its classifier."""
 
-    family = "timm"
-
     def __init__(self, name: str, network: nn.Module, *, feature: int | None, weights_hash: str) -> None:
         super().__init__()
         self.name, self.network, self.weights_hash = name, network, weights_hash

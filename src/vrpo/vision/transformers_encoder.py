@@ -28,8 +28,6 @@ MAP_PROBE = 128
 class TransformersBackbone(Backbone):
     """The vision tower of a transformers model."""
 
-    family = "transformers"
-
     def __init__(
         self,
         name: str,
@@ -144,9 +142,7 @@ def load_transformers(name: str, *, weights: str | Path | None, feature: int | N
     digest = None
     if weights is not None and weights != "random":
         path = Path(weights)
-        fit_weights(
-            network, read_weights(path), architecture=name, source=path, may_be_extra=("classifier", "pooler")
-        )
+        fit_weights(network, read_weights(path), architecture=name, source=path, may_be_extra=("classifier", "pooler"))
         digest = file_hash(path)
     return TransformersBackbone(
         name,

@@ -66,19 +66,13 @@ def read_weights(path: Path) -> dict[str, Any]:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise CheckpointError(
-                f"{path} is not a whole safetensors file ({error}): fetch it again."
-            ) from error
+            raise CheckpointError(f"{path} is not a whole safetensors file ({error}): fetch it again.") from error
     if path.suffix not in PICKLED:
-        raise CheckpointError(
-            f"{path} is not a weights file: give .safetensors, or .pt, .pth or .bin of PyTorch."
-        )
+        raise CheckpointError(f"{path} is not a weights file: give .safetensors, or .pt, .pth or .bin of PyTorch.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as plain tensors: save its state_dict as safetensors."
-        ) from error
+        raise CheckpointError(f"{path} cannot be read as plain tensors: save its state_dict as safetensors.") from error
     for wrapper in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

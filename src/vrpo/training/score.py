@@ -1,0 +1,54 @@
+"""The small evaluation of samples during training, always named as such."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vrpo.config import RunConfig
+from vrpo.data.shards import ShardedDataset
+from vrpo.evaluation.evaluate import evaluate_images
+from vrpo.evaluation.features import load_reference
+from vrpo.sampling import ImageSampler, sample_labels
+from vrpo.vision.encoders import load_feature_network
+
+
+class Scorer:
+    """Scores samples of the averaged weights against a reference set; draws nothing from the training random state."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        sampler: ImageSampler,
+        reference: ShardedDataset,
+        num_classes: int,
+        device: torch.device,
+    ) -> None:
+        settings = config.evaluate
+        if settings.features is None:
+            raise ValueError("evaluate.features is not set")
+        self._config, self._sampler, self._num_classes = config, sampler, num_classes
+        self._network = load_feature_network(
+            settings.features, weights=settings.weights, input_size=settings.input_size, device=device
+        )
+        self._reference = load_reference(reference, self._network)
+
+    def __call__(self) -> dict[str, Any]:
+        """Return metrics and protocol of the current averaged weights."""
+        config = self._config
+        indices = range(config.evaluate.samples)
+        labels = sample_labels(indices, self._num_classes, config.evaluate.labels, config.seed)
+        result = evaluate_images(
+            self._sampler.images(indices, labels, config.seed),
+            self._reference,
+            self._network,
+            metrics=config.evaluate.metrics,
+            protocol_fields={
+                **self._sampler.protocol,
+                "label_policy": config.evaluate.labels if self._num_classes else "unconditional",
+                "weights": "ema",
+                "seed": config.seed,
+            },
+        )
+        return {"metrics": result.metrics, "protocol": result.protocol}
