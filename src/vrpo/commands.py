@@ -213,7 +213,7 @@ class EncoderFit:
     """Weights file to write (safetensors); use it with --encoder.name vrpo-conv --encoder.weights FILE."""
     minutes: float = 1.0
     """Training time."""
-    width: int = 128
+    width: int = 64
     """Channels of its tokens."""
     grid: int | None = None
     """Tokens along a side in the trunk it is for; default from the image size."""

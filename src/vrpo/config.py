@@ -204,6 +204,7 @@ class EvaluateConfig(Section):
     features: str | None = Field(None, description="Feature network; None: no evaluation of samples.")
     weights: str | None = Field(None, description="Its local weights file.")
     input_size: int | None = Field(None, ge=8, description="Side its input is resized to; None: its own.")
+    reference: Literal["training", "validation"] = Field("training", description="What samples are scored against.")
     samples: Count = Field(2_000, gt=1, description="Samples drawn.")
     labels: Literal["balanced", "random"] = Field("balanced", description="Class labels of the samples.")
     metrics: tuple[Literal["fd", "kid", "precision", "recall"], ...] = Field(

@@ -190,6 +190,16 @@ def test_trigger_ends_alignment_when_gradients_oppose_and_resumes_ended() -> Non
     assert not resumed.taps(batch).tokens
 
 
+def test_trigger_waits_for_its_share_of_the_budget() -> None:
+    objective, h = make(stop="trigger", trigger_cosine=1.0), torch.randn(2, TOKENS, HIDDEN, requires_grad=True)
+    for _ in range(TRIGGER_PERIOD):
+        step(objective, make_batch(images_seen=49), h, torch.ones_like(h))
+    assert not objective.stopped
+    for _ in range(TRIGGER_PERIOD):
+        step(objective, make_batch(images_seen=50), h, torch.ones_like(h))
+    assert objective.stopped
+
+
 def test_trigger_resumed_midway_ends_at_the_same_step() -> None:
     h = torch.randn(2, TOKENS, HIDDEN)
     batch = make_batch(images_seen=500)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -118,8 +119,7 @@ def test_a_torn_journal_or_a_lost_shard_is_made_again(folder, reference, tmp_pat
 
 
 SCRIPT = """
-import sys, time
-import multiprocessing
+import multiprocessing, signal, sys, time
 import vrpo.data.prepare as module
 
 def report(done, total):
@@ -128,6 +128,7 @@ def report(done, total):
     time.sleep(0.05)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
     module._TASK_IMAGES = 2
     module.prepare(sys.argv[1], sys.argv[2], size=8, shard_bytes=7 * 192, workers=2, progress=report)
 """
@@ -141,18 +142,31 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for worker processes in /proc")
-def test_killed_it_leaves_no_worker_and_continues_to_the_same_bytes(folder, reference, tmp_path):
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+def test_killed_it_leaves_no_worker_and_continues_to_the_same_bytes(folder, reference, tmp_path, kill):
     script, out = tmp_path / "script.py", tmp_path / "out"
     script.write_text(SCRIPT)
-    process = subprocess.Popen([sys.executable, script, folder, out], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, script, folder, out],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
     workers: list[int] = []
     for line in process.stdout:
         done, *workers = map(int, line.split())
         if done > 14:
             break
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    if kill == signal.SIGKILL:
+        os.kill(process.pid, kill)
+    else:
+        # Ctrl-C reaches the workers too, and wrappers pass it on a second time.
+        os.killpg(process.pid, kill)
+        time.sleep(0.02)
+        os.killpg(process.pid, kill)
     process.stdout.close()
+    process.wait(timeout=20)
     assert len(workers) == 2
     deadline = time.monotonic() + 10
     while any(map(alive, workers)) and time.monotonic() < deadline:
@@ -161,6 +175,16 @@ def test_killed_it_leaves_no_worker_and_continues_to_the_same_bytes(folder, refe
     assert not (out / "manifest.json").exists()
     assert make(folder, out).resumed_shards >= 2
     assert contents(out) == contents(reference)
+
+
+def test_a_lost_worker_is_one_sentence(folder, tmp_path):
+    def report(done: int, total: int) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+
+    with pytest.raises(DataError, match="lost a worker process: repeat with fewer --workers than 2"):
+        make(folder, tmp_path / "out", workers=2, progress=report)
 
 
 @pytest.mark.parametrize(

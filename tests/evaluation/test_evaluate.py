@@ -121,9 +121,9 @@ def test_misuse_is_one_sentence(tmp_path: Path, network) -> None:
     images = draw_images(9)
     with pytest.raises(EvaluationError, match="no metric 'precison': did you mean 'precision'"):
         evaluate_images(images, images, network, metrics=("precison",))
-    with pytest.raises(EvaluationError, match="There are 3 samples .* need at least 4"):
+    with pytest.raises(EvaluationError, match=r"There are 3 samples .* need at least 4"):
         evaluate_images(images[:3], images, network)
-    with pytest.raises(EvaluationError, match="There are 1 samples .* fd need at least 2"):
+    with pytest.raises(EvaluationError, match=r"There are 1 samples .* fd need at least 2"):
         evaluate_images(images[:1], images, network, metrics=("fd",))
     with pytest.raises(EvaluationError, match="there are 3 reference images"):
         evaluate_images(images, images[:3], network)
@@ -153,7 +153,7 @@ def test_real_images_and_network(shared_data: Path) -> None:
     )
     source = open_images(shared_data / "cifar10-test.zip")
     batches = source.batches(10)
-    # The archive is sorted by class: ten images of the first class, then as many of the next ones.
+    # The archive is sorted by class, so alternate images are two draws from one.
     images = torch.cat([next(batches) for _ in range(60)])
     first, second = images[::2], images[1::2]
     coarse = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(first.float(), 4), scale_factor=4).byte()

@@ -224,9 +224,9 @@ def test_npz_without_images_is_refused(tmp_path: Path) -> None:
 
 
 def test_truncated_npz_is_refused(tmp_path: Path) -> None:
-    np.savez(tmp_path / "images.npz", np.random.default_rng(0).integers(0, 255, (9, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "images.npz", np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3), np.uint8))
     content = bytearray((tmp_path / "images.npz").read_bytes())
-    content[600] ^= 1
+    content[-9000] ^= 1
     (tmp_path / "images.npz").write_bytes(content)
 
     with pytest.raises(EvaluationError, match="is damaged"):

@@ -81,6 +81,17 @@ def test_singular_covariances_match_sixty_digits(
     assert measured == pytest.approx(expected, rel=1e-9)
 
 
+def test_rank_deficient_against_full_rank_matches_sixty_digits(random: np.random.Generator) -> None:
+    # Rounding makes zero eigenvalues 1e-16 of the largest: their square roots against a full-rank covariance would
+    # add 1e-8 for each of them.
+    first = random.standard_normal((40, 3)) @ random.standard_normal((3, 32)) * 3
+    second = random.standard_normal((100, 32))
+
+    measured = frechet_distance(statistics_of(first), statistics_of(second))
+
+    assert measured == pytest.approx(precise(first, second), rel=1e-11)
+
+
 def test_statistics_without_rows_serve_singular_covariances(random: np.random.Generator, tmp_path) -> None:
     # Saved moments have lost the rows: the rank has to be found again from the eigenvalues and the count.
     first, second = random.standard_normal((9, 16)), random.standard_normal((200, 16)) + 0.1
@@ -91,14 +102,19 @@ def test_statistics_without_rows_serve_singular_covariances(random: np.random.Ge
     assert measured == pytest.approx(precise(first, second), rel=1e-6)
 
 
-def test_nearly_singular_covariance_matches_sixty_digits(random: np.random.Generator) -> None:
-    scales = np.geomspace(1, 1e-5, 10)
-    first = random.standard_normal((14, 10)) * scales
-    second = random.standard_normal((40, 10)) * scales[::-1]
+@pytest.mark.parametrize(("count", "smallest"), [(14, 1e-5), (9, 1e-9)])
+def test_nearly_singular_covariance_matches_sixty_digits(
+    random: np.random.Generator, count: int, smallest: float
+) -> None:
+    scales = np.geomspace(1, smallest, 10)
+    # Rotated, small scales stand in no coordinate of their own.
+    rotation = np.linalg.qr(random.standard_normal((10, 10)))[0]
+    first = random.standard_normal((count, 10)) * scales @ rotation
+    second = random.standard_normal((count + 1, 10)) * scales[::-1] @ rotation
 
     measured = frechet_distance(statistics_of(first), statistics_of(second))
 
-    assert measured == pytest.approx(precise(first, second), rel=1e-8)
+    assert measured == pytest.approx(precise(first, second), rel=1e-11)
 
 
 def test_diagonal_gaussians_have_the_closed_form() -> None:

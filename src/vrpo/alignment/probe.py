@@ -82,13 +82,12 @@ class Perceptual(Reward):
         return context.once("perceptual.raw", lambda: patch_descriptors(source, context.target.shape[1]))
 
     def _descriptors(self, context: RewardContext) -> Tensor:
-        """Return ``f`` (B, N, 6), standardised by the patches of earlier steps (not at all in the first)."""
-        count = len(self.seen.names) // 2
-        means = torch.where(self.seen.count > 0, self.seen.total / self.seen.count.clamp_min(1e-6), 0.0)[:, 0]
-        mean, square = means[:count], means[count:]
-        variance = (square - mean.square()).clamp_min(1e-6 * square.clamp_min(1e-12))
-        deviation = torch.where(square > 0, variance.sqrt(), 1.0)
-        return context.once("perceptual.f", lambda: (self._raw(context) - mean) / deviation)
+        """Return ``f`` (B, N, 6), standardised by the patches of earlier steps; zero while there are none."""
+        kinds = len(self.seen.names) // 2
+        mean, square = (self.seen.total / self.seen.count.clamp_min(1e-6))[:, 0].split(kinds)
+        deviation = (square - mean.square()).clamp_min(1e-6 * square).sqrt()
+        scale = torch.where(deviation > 0, 1 / deviation, 0.0)
+        return context.once("perceptual.f", lambda: (self._raw(context) - mean) * scale)
 
     def _observe(self, context: RewardContext) -> None:
         raw = self._raw(context)

@@ -29,9 +29,9 @@ from vrpo.randomness import mix
 BUILT_IN = ("semantic", "relational", "fidelity", "perceptual")
 # The probe's share of the total loss. AdamW does not notice it; the limit on the common gradient norm does.
 PROBE_WEIGHT = 0.1
-# In analytic mode the trust region alone needs the old policy: every fourth token estimates it, at a
-# quarter of the cost.
-TRUST_STRIDE = 4
+# In analytic mode the trust region alone needs the old policy: a sixteenth of the tokens, in turn, estimate
+# it at a sixteenth of the cost.
+TRUST_STRIDE = 16
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise DataError("32-bit pixels have no defined range; save it with 8 or 16 bits per channel")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode == "RGB":
+        return image
+    converted = image.convert("RGB")
+    image.close()  # both at once are the peak of the memory taken
+    return converted
 
 
 def _reason(error: Exception) -> str:

@@ -8,13 +8,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import threading
 import warnings
-from collections import deque
-from collections.abc import Generator, Iterable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +21,7 @@ from vrpo.data.sources import Entry, Opener
 from vrpo.data.transforms import decode
 from vrpo.errors import DataError
 
-_TASKS_PER_WORKER = 3
+_RESULTS_PER_WORKER = 4
 _SMALL_SOURCE = 8 << 20
 
 
@@ -73,7 +71,7 @@ def decode_entries(opener: Opener, entries: Sequence[Entry], size: int, max_pixe
 
 
 def decode_in_order(
-    opener: Opener, tasks: Iterable[Sequence[Entry]], size: int, max_pixels: int, workers: int
+    opener: Opener, tasks: Sequence[Sequence[Entry]], size: int, max_pixels: int, workers: int
 ) -> Generator[Decoded]:
     """Yield the results of ``tasks`` in their order, from ``workers`` processes, or from this one where 1.
 
@@ -86,11 +84,11 @@ def decode_in_order(
                 for task in tasks:
                     yield decode_entries(opener, task, size, max_pixels)
         else:
-            yield from _decode_by_processes(opener, tasks, size, max_pixels, workers)
-    except (BrokenProcessPool, MemoryError) as error:
+            yield from _decode_by_processes(opener, tasks, size, max_pixels, min(workers, len(tasks)))
+    except (EOFError, ConnectionError, MemoryError) as error:
         raise DataError(
-            f"decoding with {workers} workers ran out of memory or lost a worker: "
-            "repeat with fewer --workers; finished shards are kept."
+            "decoding ran out of memory or lost a worker process: repeat with fewer --workers than "
+            f"{workers}; finished shards are kept."
         ) from error
 
 
@@ -104,44 +102,61 @@ def worker_count(workers: int | None, remaining: Sequence[Entry]) -> int:
 
 
 def _decode_by_processes(
-    opener: Opener, tasks: Iterable[Sequence[Entry]], size: int, max_pixels: int, workers: int
+    opener: Opener, tasks: Sequence[Sequence[Entry]], size: int, max_pixels: int, workers: int
 ) -> Generator[Decoded]:
-    # A forked copy of a process with threads (torch, a progress bar) may deadlock; a spawned one starts
-    # afresh.
-    executor = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(opener,)
-    )
-    pending: deque[Future[Decoded]] = deque()
+    # A forked copy of a process with threads (torch, a progress bar) may deadlock; a spawned one starts afresh.
+    context = multiprocessing.get_context("spawn")
+    processes = []
+    working: dict[Connection, int] = {}
+    idle: list[Connection] = []
+    results: dict[int, Decoded] = {}
+    sent = received = 0
     try:
-        for task in tasks:
-            pending.append(executor.submit(_work, task, size, max_pixels))
-            if len(pending) >= workers * _TASKS_PER_WORKER:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, opener, size, max_pixels), daemon=True)
+            process.start()
+            theirs.close()  # so that the end of the worker is the end of the stream
+            processes.append(process)
+            idle.append(ours)
+        while received < len(tasks):
+            # A worker gets a task only while it listens, so neither side can block the other.
+            while idle and sent < min(len(tasks), received + workers * _RESULTS_PER_WORKER):
+                connection = idle.pop()
+                connection.send(tasks[sent])
+                working[connection] = sent
+                sent += 1
+            for ready in cast("list[Connection]", wait(list(working))):
+                answer = ready.recv()
+                if isinstance(answer, Exception):
+                    raise answer
+                results[working.pop(ready)] = answer
+                idle.append(ready)
+            while received in results:
+                yield results.pop(received)
+                received += 1
     finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
 
 
-_opener: Opener | None = None  # set once in each worker process, so that an archive is opened once
-
-
-def _start_worker(opener: Opener) -> None:
-    global _opener
-    _opener = opener
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the work on Ctrl-C
+def _serve(connection: Connection, opener: Opener, size: int, max_pixels: int) -> None:
+    """Answer tasks until the parent terminates this process or, having been killed, closes the stream."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends the work
     warnings.simplefilter("ignore")
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Leave when the parent is killed: the task queue alone would keep a worker waiting for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _work(entries: Sequence[Entry], size: int, max_pixels: int) -> Decoded:
-    assert _opener is not None
-    return decode_entries(_opener, entries, size, max_pixels)
+    while True:
+        try:
+            entries = connection.recv()
+        except (EOFError, OSError):
+            return
+        answer: Decoded | Exception
+        try:
+            answer = decode_entries(opener, entries, size, max_pixels)
+        except Exception as error:
+            answer = error
+        try:
+            connection.send(answer)
+        except OSError:
+            return

@@ -8,7 +8,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -173,16 +173,17 @@ def load_reference(
             # A damaged file is replaced: the images are at hand.
             pass
     chosen = _manifold_indices(images.count)
-    statistics, vectors, done = FeatureStatistics(), [], 0
+    statistics, parts, done = FeatureStatistics(), [], 0
     for batch in feature_batches(images, network, batch_size=batch_size, progress=progress):
         statistics.update(batch)
         first, last = np.searchsorted(chosen, (done, done + len(batch)))
-        vectors.append(batch[torch.from_numpy(chosen[first:last] - done)])
+        parts.append(batch[torch.from_numpy(chosen[first:last] - done)])
         done += len(batch)
     record = ReferenceRecord(images.name, images.count, images.fingerprint)
-    reference = Reference(record, features, statistics, torch.cat(vectors))
+    vectors = torch.cat(parts)
+    reference = Reference(record, features, statistics, vectors)
     if file is not None and images.count > 1:
-        _write_reference(file, reference)
+        _write_reference(file, reference, vectors)
     return reference
 
 
@@ -200,17 +201,18 @@ def _cache_file(folder: Path | None, images: ImageSet, features: FeaturesRecord)
     return folder / f"{features.architecture.replace('/', '-')}-{features.input_size}-{key}.npz"
 
 
-def _write_reference(file: Path, reference: Reference) -> None:
+def _write_reference(file: Path, reference: Reference, vectors: Tensor) -> None:
     fields = {"name": reference.record.name, "fingerprint": reference.record.fingerprint}
     fields |= {f"features_{name}": value for name, value in vars(reference.features).items()}
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        reference.statistics.save(temporary, vectors=reference.vectors, **fields)
+        reference.statistics.save(temporary, vectors=vectors.numpy(), **fields)
         os.replace(temporary, file)
     except OSError:
         # A read-only or full disk costs the next evaluation time, not this one its result.
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _read_reference(file: Path, features: FeaturesRecord) -> Reference:

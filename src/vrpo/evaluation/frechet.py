@@ -149,8 +149,6 @@ class FeatureStatistics:
         values, vectors = np.linalg.eigh(scatter / (count - 1))
         # Below this, an eigenvalue is rounding error of the sums; its square root would not be negligible.
         keep = values > values[-1] * values.size * np.finfo(np.float64).eps
-        if self._count_known:
-            keep[: max(0, values.size - (count - 1))] = False
         return vectors[:, keep] * np.sqrt(values[keep])
 
     def _moments(self) -> _Moments:

@@ -61,20 +61,20 @@ def kernel_distance(
 
 def _unbiased_mmd(first: NDArray, second: NDArray) -> float:
     """Unbiased squared discrepancy of two sets of equal size, in float64."""
-    first, second = first.astype(np.float64), second.astype(np.float64)
     count, width = first.shape
-    cross = _cubed(first @ second.T / width).sum()
+    first, second = (features.astype(np.float64) / width**0.5 for features in (first, second))
+    cross = _sum_of_cubes(first @ second.T)
     within = 0.0
     for features in (first, second):
-        gram = _cubed(features @ features.T / width)
-        within += gram.sum() - gram.trace()
+        own = _sum_of_cubes(np.square(features).sum(axis=1))
+        within += _sum_of_cubes(features @ features.T) - own
     return float(within / (count * (count - 1)) - 2 * cross / count**2)
 
 
-def _cubed(inner: NDArray[np.float64]) -> NDArray[np.float64]:
-    inner += 1.0
-    # Products, not `**`: numpy computes an integer power of floats by the much slower general one.
-    return inner * inner * inner
+def _sum_of_cubes(products: NDArray[np.float64]) -> float:
+    products += 1.0
+    # Products, not `**`: numpy computes a third power by the much slower general one.
+    return float(np.vdot(products * products, products))
 
 
 def _matrix(features: torch.Tensor | NDArray) -> NDArray:

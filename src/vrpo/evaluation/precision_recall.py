@@ -57,7 +57,7 @@ def precision_recall(
             "use one network for both."
         )
     # Distances do not change by a common shift; without it |x|^2 + |y|^2 - 2 x.y cancels in its leading
-    # digits.
+    # digits and too many comparisons would be in doubt.
     shift = reference.double().mean(dim=0)
     with _full_precision():
         first, second = (_points(features, shift, neighbours, device) for features in (reference, samples))
@@ -115,7 +115,7 @@ def _squared_radii(features: Tensor, norms: Tensor, neighbours: int) -> Tensor:
 
 
 def _crowded_radii(features: Tensor, norms: Tensor, rows: Tensor, limits: Tensor, neighbours: int) -> Tensor:
-    """The squared radii (R,) of ``rows`` from exact distances of all points that may lie within ``limits``."""
+    """The squared radii (R,) of ``rows`` from exact distances of all points that may be within ``limits``."""
     owners, found = [], []
     memory = _block_memory(features)
     for columns in _blocks(len(features)):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from pathlib import PurePath
 from typing import Any
 
-from vrpo.evaluation.protocol import network_label
 from vrpo.report import formats
 from vrpo.report.compare import Table
-from vrpo.report.groups import Group, beyond_objective
+from vrpo.report.groups import Group, beyond_objective, is_circular
 from vrpo.report.measures import Protocol
-from vrpo.runs import flatten
+from vrpo.report.telemetry import dropped_rewards
 
 
 def find_caveats(groups: Sequence[Group], tables: Sequence[Table], differences: dict[str, Any]) -> list[str]:
@@ -51,21 +48,17 @@ def _protocols(groups: Sequence[Group]) -> list[str]:
 
 
 def _circular(groups: Sequence[Group]) -> list[str]:
-    encoders: set[str] = set()
-    for group in groups:
-        if group.objective != "none":
-            for key, value in flatten(group.runs[0].config).items():
-                names_network = re.fullmatch(r"(encoder|more_encoders\.\d+)\.(name|weights)", key)
-                if names_network and isinstance(value, str):
-                    encoders.add(network_label(PurePath(value).name))
-    features = {m.protocol.features for group in groups for curves in group.curves for m in curves} - {""}
-    circular = sorted(features & encoders)
-    if circular and len(circular) == len(features):
+    protocols = {m.protocol: is_circular(m.protocol, groups) for g in groups for c in g.curves for m in c}
+    features = {protocol.features for protocol in protocols} - {""}
+    names = sorted({protocol.features for protocol, circular in protocols.items() if circular})
+    if not names:
+        return []
+    if all(circular for protocol, circular in protocols.items() if protocol.features in features):
         return [
-            f"Scored only in {', '.join(circular)}, the encoder that runs were aligned to: this is circular; "
-            "evaluate in a second feature network."
+            f"Scored only in {', '.join(names)}, which runs were aligned to: this is circular; evaluate in a "
+            "second feature network."
         ]
-    return [f"{', '.join(circular)} is an encoder that runs were aligned to."] if circular else []
+    return [f"Runs were aligned to {', '.join(names)}: scores in it are circular."]
 
 
 def _budgets(groups: Sequence[Group], tables: Sequence[Table]) -> list[str]:
@@ -125,6 +118,8 @@ def _health(groups: Sequence[Group]) -> list[str]:
                 found.append(f"{name}: training is not finished ({status}).")
             if cost.skipped:
                 found.append(f"{name}: {formats.count(cost.skipped)} steps were skipped (not finite).")
+            for key, lost in dropped_rewards(run).items():
+                found.append(f"{name}: the reward {key} was not finite for {formats.count(lost)} tokens.")
             if run.damaged_lines:
                 found.append(f"{name}: {run.damaged_lines} lines of metrics.jsonl could not be read.")
     return found

@@ -101,8 +101,10 @@ def _trace_chart(groups: Sequence[Group], styles: dict[str, Style], key: str, ti
     for group in groups:
         traces = [item for run in group.runs if len((item := trace(run, "train", key)).positions) > 1]
         lines += _trace_lines(traces, styles[group.label])
+    if not any(value for line in lines for value in line.y):
+        return None  # a count of mishaps that never happened
     share = any(word in y_label for word in ("share", "fraction"))
-    return Chart(title, draw_lines(lines, "images", y_label, zero=share)) if lines else None
+    return Chart(title, draw_lines(lines, "images", y_label, zero=share))
 
 
 def _trace_lines(traces: Sequence[Trace], style: Style, label: str = "") -> list[Line]:

@@ -13,7 +13,7 @@ from typing import Any
 from vrpo.errors import DataError
 from vrpo.report import formats
 from vrpo.report.curves import Axis, Curve, Interval, PairedSpeedUp, combine, interval, mean_curve, speed_up
-from vrpo.report.groups import Group, choose_baseline, config_differences, group_runs
+from vrpo.report.groups import Group, choose_baseline, config_differences, group_runs, is_circular
 from vrpo.report.measures import Measure, Protocol
 from vrpo.runs import Run
 
@@ -66,7 +66,11 @@ class Comparison:
     @property
     def result(self) -> str:
         """The outcome in one line."""
-        return "; ".join(self.results) if self.results else "nothing to compare: no scores were measured"
+        if self.results:
+            return "; ".join(self.results)
+        if len(self.groups) == 1:
+            return f"one configuration, {self.baseline.label}: nothing to compare it with"
+        return f"no score in common with {self.baseline.label}: nothing to compare"
 
     @property
     def protocols(self) -> tuple[Protocol, ...]:
@@ -148,7 +152,7 @@ def compare(
     tables = tuple(_tables(groups))
     differences = config_differences(groups)
     comparison = Comparison(
-        title=title or f"{', '.join(dict.fromkeys(group.objective for group in groups))} compared",
+        title=title or _title(groups),
         report=Path(out),
         baseline=reference,
         groups=groups,
@@ -164,6 +168,11 @@ def compare(
         text = json.dumps(_finite(comparison.to_dict()), indent=1, default=str, allow_nan=False)
         comparison.report.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     return comparison
+
+
+def _title(groups: Sequence[Group]) -> str:
+    objectives = ", ".join(dict.fromkeys(group.objective for group in groups))
+    return f"{objectives} compared" if len(groups) > 1 else f"One configuration: {objectives}"
 
 
 def common_budget(curves: Sequence[Curve]) -> float | None:
@@ -247,10 +256,17 @@ def _combined(pairs: Sequence[tuple[Curve, Curve]], axis: Axis) -> PairedSpeedUp
 
 
 def _result_lines(comparison: Comparison) -> list[str]:
-    """Return one sentence a group, on the first distance of samples, else on the held-out loss."""
+    """Return one sentence a group, on the leading score.
+
+    That is the first distance of samples, where possible in a network that nothing was aligned to, else the
+    held-out loss.
+    """
     rows = comparison.speed_ups
-    leading = next((row.measure for row in rows if not row.measure.protocol.held_out), None)
-    leading = leading or next((row.measure for row in rows), None)
+    measures = sorted(
+        dict.fromkeys(row.measure for row in rows),
+        key=lambda measure: (measure.protocol.held_out, is_circular(measure.protocol, comparison.groups)),
+    )
+    leading = measures[0] if measures else None
     return [_result_line(comparison, row) for row in rows if row.measure == leading]
 
 

@@ -140,11 +140,11 @@ def draw_history(values: np.ndarray, images: float, *, diverging: bool = False, 
         low = -high
     if high <= low:
         high = low + 1e-6
-    with _canvas(height=1.75) as (figure, axes):
+    with _canvas(height=1.75, right=46) as (figure, axes):
         from matplotlib import colormaps
 
-        colours = colormaps["PuOr" if diverging else "Blues_r" if share else "Blues"].copy()
-        colours.set_bad(alpha=0)
+        colours = colormaps["PuOr" if diverging else "Blues_r" if share else "Blues"]
+        colours = colours.with_extremes(bad=(0, 0, 0, 0))
         axes.imshow(
             np.ma.masked_invalid(values),
             extent=(0, images, 0, 1),
@@ -188,6 +188,8 @@ def _y_range(lines: Sequence[Line], zoom: bool) -> tuple[float, float]:
     ends = [float(np.nanmax(line.x)) for line in lines if len(line.x)]
     start = 0.08 * max(ends) if zoom and ends else -np.inf
     settled = [y for line in lines for x, y in zip(line.x, line.y, strict=True) if np.isfinite(y) and x >= start]
+    if len(settled) < 4 * len(lines):  # too short for a steep start to be told from the rest
+        settled = [y for line in lines for y in line.y if np.isfinite(y)]
     if not settled:
         return 0.0, 1.0
     low, high = min(settled), max(settled)
@@ -207,8 +209,8 @@ def _short_count(value: float, _position: object = None) -> str:
 
 
 @contextmanager
-def _canvas(height: float) -> Iterator[tuple[Figure, Axes]]:
-    """Open a figure 4 inches wide, without pyplot's global state, in the page's style."""
+def _canvas(height: float, right: float = 8) -> Iterator[tuple[Figure, Axes]]:
+    """Open a figure 4 inches wide in the page's style, without pyplot's state; ``right`` is in points."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -222,7 +224,10 @@ def _canvas(height: float) -> Iterator[tuple[Figure, Axes]]:
         "text.parse_math": False,
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(4.0, height), layout="constrained")
+        figure = Figure(figsize=(4.0, height))
+        # Fixed margins, in points: axes line up from figure to figure, and nothing is drawn twice to be measured.
+        width, tall = 72 * 4.0, 72 * height
+        figure.subplots_adjust(left=56 / width, right=1 - right / width, bottom=33 / tall, top=1 - 8 / tall)
         FigureCanvasSVG(figure)
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()

@@ -65,10 +65,10 @@ def duration(seconds: float | None) -> str:
         return f"{seconds:.1f}{_SPACE}s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes}{_SPACE}min{_SPACE}{rest:02d}{_SPACE}s"
+        return f"{minutes}{_SPACE}min {rest:02d}{_SPACE}s"
     hours, minutes = divmod(minutes, 60)
     if hours < 48:
-        return f"{hours}{_SPACE}h{_SPACE}{minutes:02d}{_SPACE}min"
+        return f"{hours}{_SPACE}h {minutes:02d}{_SPACE}min"
     return f"{hours / 24:.1f}{_SPACE}days"
 
 

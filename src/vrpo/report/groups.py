@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import PurePath
 from typing import Any
 
 from vrpo.errors import DataError, nearest
+from vrpo.evaluation.protocol import network_label
 from vrpo.report import formats
 from vrpo.report.curves import Curve
-from vrpo.report.measures import Cost, Measure, measure_curves, training_cost
+from vrpo.report.measures import Cost, Measure, Protocol, measure_curves, training_cost
 from vrpo.runs import Run, flatten
 
 # Where a run is written and what it is called do not make it another experiment.
@@ -130,6 +133,29 @@ def config_differences(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
         for key in keys
         if len({repr(tree.get(key)) for tree in trees.values()}) > 1
     }
+
+
+def is_circular(protocol: Protocol, groups: Sequence[Group]) -> bool:
+    """Whether a protocol scores in a network that some group was aligned to.
+
+    Networks are told apart by the hash of their weights where the run recorded it, else by name.
+    """
+    for group in groups:
+        if group.objective == "none" or not protocol.features:
+            continue
+        recorded = group.runs[0].info.get("encoders")
+        if recorded and protocol.weights_hash:
+            if any(f"weights={protocol.weights_hash}" in str(item) for item in recorded):
+                return True
+            continue
+        named = {
+            network_label(PurePath(value).name)
+            for key, value in flatten(group.runs[0].config).items()
+            if re.fullmatch(r"(encoder|more_encoders\.\d+)\.(name|weights)", key) and isinstance(value, str)
+        }
+        if protocol.features in named:
+            return True
+    return False
 
 
 def beyond_objective(differences: dict[str, Any]) -> list[str]:

@@ -138,7 +138,7 @@ def headline(table: Table, comparison: Comparison, styles: dict[str, Style], wit
 
 
 def cost_grid(comparison: Comparison, styles: dict[str, Style]) -> Grid:
-    """Return the table of costs alone, where it would not fit the scores or there are several tables of those."""
+    """Return the table of costs alone, for where it does not stand below the only table of scores."""
     rows = tuple(_cost_rows(comparison.groups, comparison.baseline))
     return _oriented(Grid(_group_heads(comparison.groups, styles), rows))
 

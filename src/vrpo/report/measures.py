@@ -45,6 +45,7 @@ class Protocol:
     text: str = field(compare=False)
     features: str = field(compare=False)
     held_out: bool = False
+    weights_hash: str = field(default="", compare=False)
 
     @classmethod
     def of(cls, items: Mapping[str, Any], features: str = "", held_out: bool = False) -> Protocol:
@@ -77,7 +78,11 @@ def evaluation_protocol(record: Record) -> Protocol:
         text = Recorded.from_dict({**given, "seed": None}).line() if isinstance(given, Mapping) else ""
     except (TypeError, KeyError, AttributeError, ValueError):  # scored by something else than vrpo evaluate
         text = ""
-    return replace(protocol, text=text or protocol.text)
+    return replace(
+        protocol,
+        text=text or protocol.text,
+        weights_hash=str(items.get("features.weights_hash", "")),
+    )
 
 
 def held_out_protocol(run: Run) -> Protocol:

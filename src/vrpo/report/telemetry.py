@@ -28,10 +28,10 @@ class Telemetry:
 
 
 def classify(name: str) -> Telemetry:
-    """Read the role of an objective's log from the words of its name, such as ``reward_mean/semantic``."""
+    """Read the role of an objective's log from the words of its name, such as ``reward_semantic``."""
     words = re.split(r"[/_.\-\s]+", name.removeprefix(_PREFIX).lower())
     label = " ".join(words)
-    if {"reward", "rewards"} & set(words):
+    if {"reward", "rewards", "spread"} & set(words):
         spread = bool({"spread", "std"} & set(words))
         plain = [word for word in words if word not in {"reward", "rewards", "mean", "spread", "std", "by", "time"}]
         return Telemetry(name, "reward spread" if spread else "reward mean", " ".join(plain) or "reward")
@@ -51,6 +51,17 @@ def objective_logs(runs: Sequence[Run]) -> dict[str, bool]:
                 if key.startswith(_PREFIX):
                     names[key] = names.get(key, False) or (isinstance(value, list) and len(value) > 1)
     return names
+
+
+def dropped_rewards(run: Run) -> dict[str, float]:
+    """Return for each reward that was ever dropped, because its value was not finite, for how many tokens."""
+    lost: dict[str, float] = {}
+    for record in run.metrics("train"):
+        for key, value in record.items():
+            if key.startswith(f"{_PREFIX}dropped_") and number(value) > 0:
+                reward = key.removeprefix(f"{_PREFIX}dropped_")
+                lost[reward] = lost.get(reward, 0.0) + number(value)
+    return lost
 
 
 @dataclass(frozen=True)

@@ -341,7 +341,11 @@ class Trainer:
             return None
         from vrpo.training.score import Scorer
 
-        reference = self.parts.held_out or self.parts.dataset
+        reference = self.parts.dataset
+        if self.config.evaluate.reference == "validation":
+            if self.parts.held_out is None:
+                raise ConfigError("evaluate.reference is validation, but data.validation is not set: give that folder.")
+            reference = self.parts.held_out
         return Scorer(self.config, self._sampler, reference, self.parts.num_classes, self.parts.device)
 
 

@@ -24,9 +24,9 @@ INDEX = "index.json"
 class TokenCache:
     """The tokens of every row of a data set (and of its mirror image), in float16.
 
-    ``folder/<hash>/part-00000.npy`` holds (rows, 1 or 2, N, C); ``index.json`` beside it holds the fingerprints
-    and the SHA-256 of each finished part. The hash stands for encoder, data set and flips, so tokens of anything
-    else lie in another folder and are never read.
+    ``folder/<hash>/part-00000.npy`` holds (rows, 1 or 2, N, C); ``index.json`` beside it holds the
+    fingerprints and the SHA-256 of each finished part. The hash stands for encoder, data set and flips, so
+    tokens of anything else lie in another folder and are never read.
 
     Args:
         folder: where caches are kept.
@@ -79,13 +79,14 @@ class TokenCache:
                 except OSError as error:
                     self._hashes.pop(part, None)
                     raise DataError(
-                        f"The token cache {self.folder} could not be written ({error.strerror or error}): it needs "
-                        f"{self.bytes / 2**30:.2f} GiB in all; make room and run again, finished parts are kept."
+                        f"The token cache {self.folder} could not be written ({error.strerror or error}): "
+                        f"it needs {self.bytes / 2**30:.2f} GiB in all; make room and run again, finished parts "
+                        "are kept."
                     ) from error
         return self
 
     def read(self, indices: np.ndarray, flipped: np.ndarray | None = None) -> Tensor:
-        """Return the float16 tokens (B, N, C) of rows (B,), of the mirror image where ``flipped`` (B,) is true.
+        """Return the float16 tokens (B, N, C) of rows (B,), of the mirror image where ``flipped`` (B,).
 
         Raises:
             DataError: the cache is not complete, or holds no mirrored images.

@@ -31,10 +31,10 @@ PEAK_RATE, WARM_UP, WEIGHT_DECAY = 3e-3, 0.1, 0.05
 
 @dataclass(frozen=True)
 class ConvConfig:
-    """What is needed to build a ``ConvEncoder`` again: channels of its map, residual blocks, training size."""
+    """What is needed to build a ``ConvEncoder`` again: channels, residual blocks, training size."""
 
-    width: int = 128
-    blocks: int = 3
+    width: int = 64
+    blocks: int = 2
     input_size: int = 32
     num_classes: int = 0
 
@@ -50,7 +50,7 @@ class FitResult:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with batch normalisation around a skip connection, pre-activation (arXiv 1603.05027)."""
+    """Two 3x3 convolutions around a skip connection, pre-activation (arXiv 1603.05027)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -67,7 +67,8 @@ class ResidualBlock(nn.Module):
 class ConvEncoder(nn.Module):
     """A residual network whose only map has stride 4, so that semantics and position lie in the same place.
 
-    Images (B, 3, S, S) in [-1, 1] give a map (B, width, S/4, S/4); its mean over positions feeds the classifier.
+    Images (B, 3, S, S) in [-1, 1] give a map (B, width, S/4, S/4); its mean over positions feeds the
+    classifier.
     """
 
     def __init__(self, config: ConvConfig) -> None:
@@ -86,7 +87,7 @@ class ConvEncoder(nn.Module):
         self.classifier = nn.Linear(config.width, config.num_classes)
 
     def map(self, images: Tensor) -> Tensor:
-        """Return the normalised map before its activation: zero mean in each channel, so directions are spread."""
+        """Return the map before its last activation: of zero mean, so that directions are spread."""
         return self.norm(self.late(self.down(self.early(self.stem(images)))))
 
     def pooled(self, images: Tensor) -> Tensor:
@@ -126,7 +127,8 @@ def load_conv(weights: str | Path | None, *, feature: int | None = None) -> Conv
     """
     if weights is None or weights == "random":
         raise CheckpointError(
-            f"Encoder '{ARCHITECTURE}' has no published weights: fit it with `vrpo encoder fit DATA` and give that file."
+            f"Encoder '{ARCHITECTURE}' has no published weights: fit it with `vrpo encoder fit DATA` and give "
+            "that file."
         )
     if feature not in (None, 0, -1):
         raise ConfigError(f"Encoder '{ARCHITECTURE}' has one feature map, so feature {feature} does not exist: use 0.")
@@ -154,15 +156,16 @@ def fit_encoder(
     steps: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
-    width: int = 128,
+    width: int = 64,
     grid: int | None = None,
     flips: bool = False,
     progress: Callable[[str], None] | None = print,
 ) -> FitResult:
     """Train a ``ConvEncoder`` to classify a labelled data set and write it to ``out`` (safetensors).
 
-    A tenth of the images (2,000 at most, chosen by ``seed``) is held out for the accuracy. Training ends after
-    ``minutes``, or after exactly ``steps`` steps of 128 images, which gives the same weights every time on one machine.
+    A tenth of the images (2,000 at most, chosen by ``seed``) is held out for the accuracy. Training ends
+    after ``minutes``, or after exactly ``steps`` steps of 128 images, which gives the same weights every time
+    on one machine.
 
     Args:
         dataset: labelled images.
@@ -239,17 +242,11 @@ def fit_encoder(
 
 def _check_data(dataset: ImageRows) -> None:
     if dataset.num_classes == 0:
-        raise DataError(
-            "The data set is unlabelled, and fitting an encoder needs classes: use a published encoder instead."
-        )
+        raise DataError("The data set is unlabelled, and fitting an encoder needs classes: use a published encoder.")
     if dataset.num_classes == 1:
-        raise DataError(
-            "The data set has one class only, and fitting an encoder needs two: use a published encoder instead."
-        )
+        raise DataError("The data set has one class only, and fitting an encoder needs two: use a published encoder.")
     if len(dataset) < LEAST_IMAGES:
-        raise DataError(
-            f"The data set has {len(dataset)} images, and fitting an encoder needs {LEAST_IMAGES}: add images."
-        )
+        raise DataError(f"The data set has {len(dataset)} images, fitting an encoder needs {LEAST_IMAGES}: add images.")
 
 
 def _schedule(done: float) -> float:
@@ -270,7 +267,7 @@ def _batch(dataset: ImageRows, rows: np.ndarray, size: int, device: torch.device
 
 
 def _augment(images: Tensor, generator: torch.Generator, flips: bool) -> Tensor:
-    """Shift the images, all alike, by up to an eighth of their side, and mirror them half of the time if allowed."""
+    """Shift each image by up to an eighth of its side, and mirror it half of the time if allowed."""
     side = images.shape[-1]
     reach = side // 8
     padded = F.pad(images, (reach,) * 4, mode="replicate")

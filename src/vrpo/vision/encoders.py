@@ -77,7 +77,8 @@ class Encoder(FeatureNetwork):
     """A frozen network that turns an image into tokens on the trunk's grid.
 
     Attributes (beside those of :class:`FeatureNetwork`): ``width`` (C_e), ``grid`` (tokens along a side),
-    ``native_grid`` (the network's own at ``input_size``), ``resampled`` (whether the two differ), ``feature``.
+    ``native_grid`` (the network's own at ``input_size``), ``resampled`` (whether the two differ),
+    ``feature``.
     """
 
     def __init__(
@@ -102,8 +103,8 @@ class Encoder(FeatureNetwork):
     def tokens(self, images: Tensor) -> Tensor:
         """Return float32 tokens (B, grid*grid, width), row by row, of uint8 images (B, 3, H, W).
 
-        The tokens are the network's own, not normalised; an ordinary tensor without gradient, which a loss may
-        keep for its backward pass.
+        The tokens are the network's own, not normalised; an ordinary tensor without gradient, which a loss
+        may keep for its backward pass.
         """
         with torch.inference_mode(), self._precision(images.device):
             tokens = self.backbone.tokens(self._prepare(images))
@@ -117,7 +118,7 @@ class Encoder(FeatureNetwork):
 
 
 def resample_tokens(tokens: Tensor, grid: int) -> Tensor:
-    """Resample tokens (B, n*n, C) to (B, grid*grid, C) by bicubic interpolation with antialiasing, in float32."""
+    """Resample tokens (B, n*n, C) to (B, grid*grid, C), bicubic with antialiasing, in float32."""
     batch, count, width = tokens.shape
     side = round(count**0.5)
     maps = tokens.float().transpose(1, 2).reshape(batch, width, side, side)
@@ -139,14 +140,14 @@ def load_encoder(
     """Return the frozen encoder ``name`` with tokens on a ``grid`` x ``grid`` grid.
 
     Args:
-        name: a timm architecture, an alias such as ``dinov2-vit-b``, ``transformers:NAME_OR_PATH``, a folder with
-            config.json, or ``vrpo-conv``.
+        name: a timm architecture, an alias such as ``dinov2-vit-b``, ``transformers:NAME_OR_PATH``, a folder
+            with config.json, or ``vrpo-conv``.
         weights: a local file; ``"random"``; or None for the published weights.
         grid: tokens along a side, as the trunk has them.
         feature: which block's tokens or which feature map is read (0-based, or negative from the end);
             None for the network's output.
-        input_size: side in pixels at which the encoder sees an image; None chooses the one that gives ``grid``
-            exactly.
+        input_size: side in pixels at which the encoder sees an image; None chooses the one that gives
+            ``grid`` exactly.
         device: where it runs.
         dtype: autocast precision; None for bfloat16 on CUDA and float32 elsewhere.
         allow_resample: whether the token grid may be resampled where no input size gives it exactly
@@ -201,7 +202,8 @@ def _load_backbone(name: str, *, weights: str | Path | None, feature: int | None
         return load_transformers(name, weights=weights, feature=feature)
     if Path(name).suffix in {".safetensors", ".pt", ".pth"}:
         raise ConfigError(
-            f"'{name}' is a weights file, not an encoder's name: name its architecture and give the file as weights."
+            f"'{name}' is a weights file, not an encoder's name: name its architecture and give the file as "
+            "its weights."
         )
     return load_timm(name, weights=weights, feature=feature)
 
@@ -213,8 +215,8 @@ def _checked_input(backbone: Backbone, size: int) -> int:
     if size < backbone.stride or (backbone.divisible and size % backbone.stride):
         closest = max(1, round(size / backbone.stride)) * backbone.stride
         raise ConfigError(
-            f"Encoder '{backbone.name}' has patches of {backbone.stride} px, which do not divide an input size of "
-            f"{size}: the nearest that fits is {closest}."
+            f"Encoder '{backbone.name}' cannot take images of {size} px, which are no multiple of its stride "
+            f"of {backbone.stride}: the nearest that fits is {closest}."
         )
     return size
 

@@ -17,7 +17,7 @@ from vrpo.vision.weight_files import fit_weights, read_weights
 DESCRIPTORS = ("contrast", "horizontal", "falling", "vertical", "rising", "laplacian")
 """What ``patch_descriptors`` returns, in order; the four in the middle are directions of change."""
 
-_STEPS = ((0, 1), (1, 1), (1, 0), (1, -1))
+_STEPS = ((0, 1), (1, 1), (1, 0), (-1, 1))
 
 
 def patch_descriptors(images: Tensor, tokens: int) -> Tensor:
@@ -117,9 +117,9 @@ _LPIPS_LAYERS = {
 class Lpips(nn.Module):
     """LPIPS (arXiv 1801.03924) from local files: torchvision's AlexNet or VGG-16, and its linear weights.
 
-    ``backbone`` holds torchvision's keys (``features.0.weight``...; a classifier is ignored), ``linear`` those
-    of the ``lpips`` package (``lin0.model.1.weight``...). Raises CheckpointError for files that are missing or
-    of another network.
+    ``backbone`` holds torchvision's keys (``features.0.weight``...; a classifier is ignored) and ``linear``
+    those of the ``lpips`` package (``lin0.model.1.weight``...). Raises CheckpointError for files that are
+    missing or of another network.
     """
 
     shift: Tensor

@@ -37,14 +37,14 @@ class TimmBackbone(Backbone):
             # timm rounds the published (255 x - 127) / 128 to a mean and deviation of 0.5
             self.mean, self.std = LITE_MEAN, LITE_STD
         native = int(config["input_size"][-1])
-        self.patches = bool(getattr(network, "dynamic_img_size", False))
+        self.patches = hasattr(network, "num_prefix_tokens") and bool(getattr(network, "dynamic_img_size", False))
         self.default_input = native
         if self.patches:
             patch_embed: Any = network.patch_embed
             self.stride = int(patch_embed.patch_size[0])
             self.divisible = True
             if "dinov2" in config["architecture"]:
-                # trained to 518 px at the very end; features are compared at 16 x 16 patches (arXiv 2306.04675)
+                # its 518 px are the end of training only; distances use 16 x 16 patches (arXiv 2306.04675)
                 self.default_input = 16 * self.stride
         elif not hasattr(network, "forward_intermediates"):
             raise ConfigError(f"Encoder '{name}' gives no token map: choose a vision transformer or a ConvNet.")

@@ -71,7 +71,7 @@ class TransformersBackbone(Backbone):
         return states[:, self.prefix :] if states.ndim == 3 else states.flatten(2).transpose(1, 2)
 
     def pooled(self, images: Tensor) -> Tensor:
-        """Return the class token of the last layer where there is one, else the model's own pooling or the mean.
+        """Return the last layer's class token where there is one, else the model's pooling or the mean.
 
         The pooling layer on top of a class token is not used: many published files lack its weights.
         """
@@ -103,7 +103,7 @@ class TransformersBackbone(Backbone):
 
 
 def is_transformers(name: str) -> bool:
-    """Return whether ``name`` means a transformers model: ``transformers:NAME`` or a folder with config.json."""
+    """Return whether ``name`` is ``transformers:NAME`` or a folder with config.json."""
     return name.startswith(PREFIX) or (Path(name) / "config.json").is_file()
 
 
@@ -133,8 +133,8 @@ def load_transformers(name: str, *, weights: str | Path | None, feature: int | N
                 model = AutoModel.from_config(config)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"The transformers model '{source}' could not be had ({type(error).__name__}): give a local folder "
-            "that holds its config.json and model.safetensors as the encoder's name."
+            f"The transformers model '{source}' could not be had ({type(error).__name__}): give a local "
+            "folder that holds its config.json and model.safetensors as the encoder's name."
         ) from error
     network = getattr(model, "vision_model", model).eval()
     if getattr(network, "main_input_name", "pixel_values") != "pixel_values":
