@@ -88,7 +88,7 @@ def _measured(name: str, arguments: tuple[int, int, int], threads: int) -> dict[
 
 def main() -> None:
     """Run the chosen steps and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=50_000)
     parser.add_argument("--reference", type=int, default=10_000)
     parser.add_argument("--width", type=int, default=2048)

@@ -69,7 +69,13 @@ def train(words: list[str]) -> int:
         with contextlib.suppress(SystemExit):
             tyro.cli(Train, prog="vrpo train", args=["--help"])
         print("\nOverrides, every key of the configuration:\n")
-        tyro.cli(RunConfig, prog="vrpo train", default=RunConfig(), args=["--help"])
+        tyro.cli(
+            RunConfig,
+            prog="vrpo train",
+            default=RunConfig(),
+            args=["--help"],
+            config=(tyro.conf.FlagConversionOff,),
+        )
     options, rest = parse(Train, words, "train", rest=True)
     if options.preset is not None and options.config is not None:
         raise ConfigError("give --preset or --config, not both: they are two starting points.")

@@ -110,7 +110,14 @@ def build_config(values: Mapping[str, Any], words: Sequence[str], where: str = "
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-            config, unknown = tyro.cli(RunConfig, default=base, args=list(words), return_unknown_args=True)
+            config, unknown = tyro.cli(
+                RunConfig,
+                default=base,
+                args=list(words),
+                return_unknown_args=True,
+                # Switches take True or False like any other key, as in a file.
+                config=(tyro.conf.FlagConversionOff,),
+            )
     except SystemExit as stop:
         validate(merge(values, _as_values(words)), "the command line")
         said = " ".join(line.strip("╭╮╰╯│─ ") for line in output.getvalue().splitlines()).strip()

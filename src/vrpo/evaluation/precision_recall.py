@@ -78,7 +78,7 @@ def _points(features: Tensor, shift: Tensor, neighbours: int, device: torch.devi
 def _squared_radii(features: Tensor, norms: Tensor, neighbours: int) -> Tensor:
     """Squared distance (N,) of each point to its k-th nearest other point, in float64."""
     count = len(features)
-    # Spare candidates: float32 may order near-equal neighbours wrongly, float64 then chooses among them.
+    # Spare candidates: float32 may order near-equal neighbours wrongly.
     kept = min(neighbours + _SPARE, count - 1)
     values = torch.full((count, kept), torch.inf, device=features.device)
     indices = torch.zeros((count, kept), dtype=torch.long, device=features.device)
@@ -102,12 +102,16 @@ def _squared_radii(features: Tensor, norms: Tensor, neighbours: int) -> Tensor:
             offer(rows, distances, columns.start)
             if columns != rows:
                 offer(columns, distances.T, rows.start)
-    owner = torch.arange(count, device=features.device).repeat_interleave(kept)
-    exact = _exact_squared(features, owner, features, indices.flatten()).view(count, kept)
+    nearest = values[:, neighbours - 1 : neighbours]
+    slack = 2 * _rounding(norms, norms, features.shape[1])[:, None]
+    # Candidates outside this band are certainly nearer or farther than the k-th; within it exact values decide.
+    row, place = ((values - nearest).abs() <= slack).nonzero(as_tuple=True)
+    exact = values.double()
+    exact[row, place] = _exact_squared(features, row, features, indices[row, place])
     radii = exact.kthvalue(neighbours, dim=1).values
-    limits = values[:, neighbours - 1] + 2 * _rounding(norms, norms, features.shape[1])
-    # Where even the last candidate lies within rounding of the k-th, a nearer point may have been left out.
-    crowded = (values[:, -1] <= limits).nonzero().flatten() if kept < count - 1 else owner[:0]
+    limits = (nearest + slack).squeeze(1)
+    # Where even the last candidate lies within the band, a nearer point may have been left out.
+    crowded = (values[:, -1] <= limits).nonzero().flatten() if kept < count - 1 else row[:0]
     # Few rows at once bound the number of pairs among repeated images.
     for rows in crowded.split(_BLOCK // 8):
         radii[rows] = _crowded_radii(features, norms, rows, limits[rows], neighbours)

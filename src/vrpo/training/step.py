@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vrpo.alignment.objective import AlignmentBatch, Objective
 from vrpo.diffusion.losses import Denoising, stratify
+from vrpo.models.taps import Taps
 from vrpo.models.transformer import DiffusionTransformer
 from vrpo.randomness import STREAM_NOISE, STREAM_OBJECTIVE, step_generator
+from vrpo.training.telemetry import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class DenoisingStep(nn.Module):
         self.objective = objective
         self.denoising = denoising
         self.dtype = dtype
+        self.stopwatch: Stopwatch | None = None
 
     def forward(
         self,
@@ -104,13 +110,32 @@ class DenoisingStep(nn.Module):
             sample_weight=sample_weight,
             generator=draws.generator,
         )
-        taps = self.objective.taps(batch)
+        taps = self._timed(self.objective.taps(batch))
         with torch.autocast(clean.device.type, self.dtype, enabled=self.dtype != torch.float32):
             output = self.trunk(noised, t, labels, taps).float()
-            extra = self.objective.loss(lambda: denoising.predict_data(output, noised, t))
+            with self._watch():
+                extra = self.objective.loss(lambda: denoising.predict_data(output, noised, t))
         losses = denoising.loss(output, clean, draws.noise, t)
         weight = sample_weight * len(clean)
         total = losses.mean() * weight
         if extra is not None:
             total = total + extra * weight
         return StepOutput(total, losses.detach(), None if extra is None else extra.detach(), batch.time)
+
+    def _watch(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.stopwatch is None else self.stopwatch.section()
+
+    def _timed(self, taps: Taps) -> Taps:
+        """Return taps whose forward work is counted as the objective's."""
+
+        def timed(tap: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*tensors: Tensor) -> Any:
+                with self._watch():
+                    return tap(*tensors)
+
+            return call
+
+        return Taps(
+            tokens={depth: timed(tap) for depth, tap in taps.tokens.items()},
+            attention={depth: timed(tap) for depth, tap in taps.attention.items()},
+        )

@@ -28,7 +28,7 @@ from vrpo.training.optim import Optimizer
 from vrpo.training.setup import Parts, build_parts, facts
 from vrpo.training.stop import StopRequest
 from vrpo.training.step import DenoisingStep, draw_step
-from vrpo.training.telemetry import BinnedMean, Journal, Meter, plain
+from vrpo.training.telemetry import BinnedMean, Journal, Meter, Stopwatch, plain
 
 TIME_BINS = 10
 DEFAULT_LOG_STEPS = 50
@@ -116,6 +116,8 @@ class Trainer:
         self._scorer = self._build_scorer()
         self._meter, self._by_time = Meter(), BinnedMean(TIME_BINS, parts.device)
         self._window = _Window()
+        self._target_time, self._objective_time = Stopwatch(parts.device), Stopwatch(parts.device)
+        self.module.stopwatch = self._objective_time
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -157,13 +159,12 @@ class Trainer:
     def _train_step(self, batch: Batch) -> None:
         config, parts = self.config, self.parts
         train, device = config.train, parts.device
-        started = time.perf_counter()
         pixels = batch.pixels.to(device, non_blocking=True)
         labels = None
         if batch.labels is not None and parts.num_classes:
             labels = batch.labels.to(device, non_blocking=True)
-        targets = parts.targets.of_batch(batch, pixels)
-        self._window.target_seconds += time.perf_counter() - started
+        with self._target_time.section():
+            targets = parts.targets.of_batch(batch, pixels)
         clean = to_float(pixels)
         draws = draw_step(
             config.seed,
@@ -249,7 +250,9 @@ class Trainer:
             "skipped": int(optimizer.skipped.item()),
         }
         if self.parts.targets.encoders:
-            record["target_share"] = round(window.target_seconds / elapsed, 5)
+            # What the encoders take, and what the objective takes besides, autograd's pass through it excluded.
+            record["target_share"] = round(self._target_time.take() / elapsed, 5)
+            record["objective_share"] = round(self._objective_time.take() / elapsed, 5)
         if "alignment" in logs:
             record["alignment"] = logs.pop("alignment")
         record.update({f"objective/{name}": value for name, value in logs.items()})
@@ -353,7 +356,7 @@ class _Window:
     """Training time since the last record, pauses excluded."""
 
     def __init__(self) -> None:
-        self.seconds, self.target_seconds, self.waited, self.images = 0.0, 0.0, 0.0, 0
+        self.seconds, self.waited, self.images = 0.0, 0.0, 0
         self._since: float | None = None
         self._fresh = True
 
@@ -370,7 +373,7 @@ class _Window:
         return elapsed
 
     def reset(self, images: int) -> None:
-        self.seconds, self.target_seconds, self.images, self._fresh = 0.0, 0.0, images, True
+        self.seconds, self.images, self._fresh = 0.0, images, True
 
 
 def _is_free(key: str) -> bool:
