@@ -94,9 +94,7 @@ def test_the_surrogate_gradient_is_autograd_of_the_clipped_surrogate(lag: float)
     surrogate = torch.where(advantage < 0, surrogate.clamp_min(3 * advantage), surrogate)
     (-radius * surrogate.mean(-1)).sum().backward()
     with torch.no_grad():
-        gradient, clipped = surrogate_gradient(
-            log_ratio(u, actions, radius), advantage, actions, radius, low, high
-        )
+        gradient, clipped = surrogate_gradient(log_ratio(u, actions, radius), advantage, actions, radius, low, high)
     torch.testing.assert_close(gradient, u.grad)
     assert bool(clipped.any()) == (lag > 0)
 

@@ -1,4 +1,6 @@
-"""Every reward's preference is the gradient of its own score, and scores are their formulas on real actions."""
+"""Every reward's preference is the gradient of its own score, and scores are their formulas on real
+actions.
+"""
 
 from __future__ import annotations
 
@@ -72,9 +74,7 @@ def test_the_score_at_the_mean_is_the_score_of_one_action(name: str, width: int)
     reward = _reward(name, width, context)
     frame = orthonormal_frame(context.mean, [torch.randn_like(context.mean)])
     unmoved = Actions(frame, torch.tensor([1.0, 0.0], dtype=torch.float64).expand(B, N, 1, 2))
-    torch.testing.assert_close(
-        reward.score(Actions.at(context.mean), context), reward.score(unmoved, context)
-    )
+    torch.testing.assert_close(reward.score(Actions.at(context.mean), context), reward.score(unmoved, context))
 
 
 @pytest.mark.parametrize("width", [8, 24])
@@ -85,9 +85,7 @@ def test_relational_is_the_mean_squared_difference_of_agreement(width: int) -> N
     actions = sample_actions(frame, antithetic(torch.randn(B, N, 4, 3, dtype=torch.float64), 8), 0.5)
     a = actions.tensor()
     agreement = torch.einsum("bngc,bmc->bngm", a, y) - torch.einsum("bnc,bmc->bnm", y, y).unsqueeze(2)
-    torch.testing.assert_close(
-        build_reward("relational", width).score(actions, context), -agreement.square().mean(-1)
-    )
+    torch.testing.assert_close(build_reward("relational", width).score(actions, context), -agreement.square().mean(-1))
 
 
 def test_the_probe_learns_without_moving_the_representation() -> None:

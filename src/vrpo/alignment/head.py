@@ -230,6 +230,10 @@ class PolicyHead(nn.Module):
             # Divided by the radius the spread tends to the length of the preference, whatever the radius.
             centred = (score - mean) / radius
             size = advantage.group_spread(centred)
+            # A spread within rounding is none: divided by its own running size it would be noise at full
+            # size.
+            flat = size * radius <= 8 * torch.finfo(score.dtype).eps * score.abs().amax(-1, keepdim=True)
+            centred, size = torch.where(flat, 0.0, centred), torch.where(flat, 0.0, size)
             self._note(name, mean.squeeze(-1), size.squeeze(-1), usable.squeeze(-1), seen)
             components.append(centred * self._inverse_size(name, settings.time_bin).to(u.dtype))
         gain = self._combine(components, settings, advantage.group_spread)

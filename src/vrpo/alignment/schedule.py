@@ -19,7 +19,10 @@ class Schedule:
         points = {"0": value} if isinstance(value, int | float) else value
         self.points: list[tuple[int, float]] = []
         for key, weight in points.items():
-            images = parse_count(key)
+            try:
+                images = parse_count(key)
+            except ValueError:
+                images = None
             if not isinstance(images, int) or images < 0:
                 raise ConfigError(f"{field_name} has a point at '{key}': write a count of images such as 500k.")
             self.points.append((images, float(weight)))

@@ -183,13 +183,15 @@ class Vrpo(Repa):
     def _act(self, step: _Step, depth: int, h: Tensor) -> Tensor:
         """Project ``h``, keep what the losses need, and return ``h`` joined to the policies' means."""
         indices = [index for index, (where, _) in enumerate(self.heads) if where == depth]
+        # A node of its own, where the heads' gradients are summed before they meet that of the blocks above.
+        seen = h.view_as(h)
         for index in indices:
             projector = self.projectors[index]
             pushforward = None
             if self.reads_gradient and torch.is_grad_enabled():
-                projected, pushforward = linearize(projector, h)
+                projected, pushforward = linearize(projector, seen)
             else:
-                projected = projector(h)
+                projected = projector(seen)
             with torch.autocast(h.device.type, enabled=False):
                 u = unit(projected)
             target = step.targets[self.heads[index][1]].to(u.dtype)

@@ -44,6 +44,7 @@ class Validation:
             np.linspace(0, len(dataset) - 1, min(config.train.validation_images, len(dataset))).astype(np.int64)
         )
         self._dtype = DTYPES[config.train.precision]
+        self._kept: dict[int, tuple[Tensor, ...]] = {}
 
     @torch.no_grad()
     def __call__(
@@ -69,7 +70,7 @@ class Validation:
                 kept: dict[int, Tensor] = {}
                 self._run(trunk, noised, times, given, self._keep(kept))
                 batch = AlignmentBatch(
-                    targets=self.targets.online(pixels),
+                    targets=self._held_out_targets(start, pixels),
                     time=self.denoising.unit_time(times),
                     clean=clean,
                     images=pixels,
@@ -84,6 +85,12 @@ class Validation:
         if cosines:
             record["alignment"] = sum(float(value) * count for value, count in cosines) / len(self.rows)
         return record
+
+    def _held_out_targets(self, start: int, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Return the encoders' tokens of one batch, computed at the first visit and kept as fp16 in main memory."""
+        if start not in self._kept:
+            self._kept[start] = tuple(tokens.half().cpu() for tokens in self.targets.online(pixels))
+        return tuple(tokens.to(self.device).float() for tokens in self._kept[start])
 
     def _keep(self, kept: dict[int, Tensor]) -> Taps:
         def keeper(depth: int) -> Any:
