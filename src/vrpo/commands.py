@@ -345,6 +345,7 @@ def evaluate(words: list[str]) -> int:
     """Score images."""
     options, _ = parse(Evaluate, words, "evaluate")
 
+    import torch
     from rich.console import Console
 
     from vrpo.display import TrainingDisplay
@@ -360,7 +361,9 @@ def evaluate(words: list[str]) -> int:
     if Path(name).suffix == ".safetensors" and weights is None:
         name, weights = "vrpo-conv", Path(name)
     device = resolve_device(drawing.device)
-    network = load_feature_network(name, weights=weights, input_size=options.features_size, device=device)
+    network = load_feature_network(
+        name, weights=weights, input_size=options.features_size, device=device, dtype=torch.float32
+    )
     images: Any = options.source
     fields: dict[str, Any] = {}
     out, about = options.out, {}

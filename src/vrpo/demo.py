@@ -129,9 +129,7 @@ def _fit_encoders(out: Path, training: Path, minutes: float, seed: int) -> tuple
     files = []
     for name, width, own_seed in (("aligned", 64, seed), ("judge", 48, seed + 1)):
         file = out / f"encoder-{name}.safetensors"
-        result = fit_encoder(
-            dataset, file, minutes=share, width=width, grid=grid, seed=own_seed, progress=None
-        )
+        result = fit_encoder(dataset, file, minutes=share, width=width, grid=grid, seed=own_seed, progress=None)
         _say(f"Encoder '{name}': {result.accuracy:.1%} of held-out images right after {result.seconds:.0f} s.")
         files.append(file)
     return files[0], files[1]

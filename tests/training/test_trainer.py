@@ -148,7 +148,9 @@ def test_noisings_share_images_and_spread_times(make_config: Any, tmp_path: Path
             return super().taps(batch)
 
     trainer = Trainer(
-        make_config(align={"objective": "repa"}, train={"images": 16, "noisings": 4}), tmp_path / "run", say=lambda s: None
+        make_config(align={"objective": "repa"}, train={"images": 16, "noisings": 4}),
+        tmp_path / "run",
+        say=lambda s: None,
     )
     trainer.module.objective = Spy()
     trainer.train()
@@ -197,7 +199,9 @@ def test_non_finite_steps_never_reach_the_weights(make_config: Any, tmp_path: Pa
     trainer = Trainer(make_config(), tmp_path / "run", say=lambda s: None)
     trainer.module.objective = Poison(lambda call: call in (2, 3, 7))
     trainer.train()
-    assert all(torch.isfinite(value).all() for part in ("model", "ema") for value in weights(tmp_path / "run", part).values())
+    assert all(
+        torch.isfinite(value).all() for part in ("model", "ema") for value in weights(tmp_path / "run", part).values()
+    )
     assert records(tmp_path / "run", "train")[-1]["skipped"] == 3
 
 
@@ -317,3 +321,52 @@ def test_checkpoint_of_another_architecture(make_config: Any, tmp_path: Path) ->
     other = build_transformer("SiT-Ti/4", input_size=16, in_channels=3, num_classes=3)
     with pytest.raises(CheckpointError, match="is of another architecture: '.*' holds .* where this configuration has"):
         load_into(other, weights(tmp_path / "run"), "the file")
+
+
+def test_unlabelled_data_with_a_conditional_configuration(make_config: Any, tmp_path: Path) -> None:
+    from conftest import pictures
+
+    from vrpo.data.prepare import prepare
+    from vrpo.data.sources import ArraySource
+
+    images, _ = pictures(12, 0)
+    prepare(ArraySource(images, None, (), "flat"), tmp_path / "flat", size=16, workers=1, progress=False)
+    over = {"data": {"path": str(tmp_path / "flat"), "validation": None}}
+    with pytest.raises(ConfigError, match=r"has no labels, and data.conditional is true: .*--data.conditional False"):
+        Trainer(make_config(**over), tmp_path / "run")
+    over["data"]["conditional"] = False  # type: ignore[assignment]
+    assert run(make_config(**over), tmp_path / "run").status == "finished"
+
+
+def test_held_out_data_of_another_size_is_refused(make_config: Any, tmp_path: Path) -> None:
+    from conftest import CLASSES, pictures
+
+    from vrpo.data.prepare import prepare
+    from vrpo.data.sources import ArraySource
+
+    images, labels = pictures(12, 0)
+    prepare(ArraySource(images, labels, CLASSES, "large"), tmp_path / "large", size=32, workers=1, progress=False)
+    with pytest.raises(Exception, match="are 32 px and the training images 16 px"):
+        Trainer(make_config(data={"validation": str(tmp_path / "large")}), tmp_path / "run")
+
+
+def test_image_size_that_the_patch_does_not_divide(make_config: Any, tmp_path: Path) -> None:
+    from conftest import CLASSES, pictures
+
+    from vrpo.data.prepare import prepare
+    from vrpo.data.sources import ArraySource
+
+    images, labels = pictures(12, 0)
+    prepare(ArraySource(images, labels, CLASSES, "odd"), tmp_path / "odd", size=18, workers=1, progress=False)
+    over = {"path": str(tmp_path / "odd"), "validation": None}
+    with pytest.raises(ConfigError, match=r"18 x 18 cannot be cut into patches of 4: use a size such as 16"):
+        Trainer(make_config(data=over), tmp_path / "run")
+
+
+def test_token_cache_changes_targets_by_rounding_alone(make_config: Any, tmp_path: Path) -> None:
+    align = {"objective": "repa"}
+    run(make_config(align=align), tmp_path / "online")
+    run(make_config(align=align, encoder={"cache": True}), tmp_path / "cached")
+    online = [record["alignment"] for record in records(tmp_path / "online", "train")]
+    cached = [record["alignment"] for record in records(tmp_path / "cached", "train")]
+    assert cached == pytest.approx(online, abs=2e-3)

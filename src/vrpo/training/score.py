@@ -30,7 +30,11 @@ class Scorer:
             raise ValueError("evaluate.features is not set")
         self._config, self._sampler, self._num_classes = config, sampler, num_classes
         self._network = load_feature_network(
-            settings.features, weights=settings.weights, input_size=settings.input_size, device=device
+            settings.features,
+            weights=settings.weights,
+            input_size=settings.input_size,
+            device=device,
+            dtype=torch.float32,
         )
         self._reference = load_reference(reference, self._network)
 
