@@ -68,7 +68,7 @@ def test_label_policies() -> None:
 
 
 def test_sampler_of_another_kind_is_refused() -> None:
-    with pytest.raises(ConfigError, match="sample.sampler 'ddpm' does not fit SiT: choose one of: ode-euler"):
+    with pytest.raises(ConfigError, match=r"sample.sampler 'ddpm' does not fit SiT: choose one of: ode-euler"):
         ImageSampler(network(), config("ddpm", 4), device="cpu")
 
 

@@ -11,18 +11,18 @@ from vrpo.errors import ConfigError, VrpoError, nearest
 
 INTERRUPTED = 130
 
-# Each command is a function of `vrpo.commands`, imported only when it runs, so that help answers at once.
+# Each command is a function of a module of `vrpo.commands`, imported only when it runs, so that help answers at once.
 COMMANDS = {
-    "demo": ("demo", "Train with and without alignment on small images, compare, write a report."),
-    "prepare": ("prepare", "Turn a folder or zip of images into a data set."),
-    "data info": ("data_info", "Say what a prepared data set holds."),
-    "data verify": ("data_verify", "Check every byte of a prepared data set against its hashes."),
-    "encoder fit": ("encoder_fit", "Train a small encoder on a labelled data set."),
-    "presets": ("presets", "List the presets, or show one: vrpo presets NAME [--full]."),
-    "train": ("train", "Train a diffusion transformer."),
-    "sample": ("sample", "Draw images from a run."),
-    "evaluate": ("evaluate", "Score a run, a folder or an npz against reference images."),
-    "compare": ("compare", "Compare runs in one HTML report."),
+    "demo": ("training.demo", "Train with and without alignment on small images, compare, write a report."),
+    "prepare": ("data.prepare", "Turn a folder or zip of images into a data set."),
+    "data info": ("data.data_info", "Say what a prepared data set holds."),
+    "data verify": ("data.data_verify", "Check every byte of a prepared data set against its hashes."),
+    "encoder fit": ("data.encoder_fit", "Train a small encoder on a labelled data set."),
+    "presets": ("training.presets", "List the presets, or show one: vrpo presets NAME [--full]."),
+    "train": ("training.train", "Train a diffusion transformer."),
+    "sample": ("images.sample", "Draw images from a run."),
+    "evaluate": ("images.evaluate", "Score a run, a folder or an npz against reference images."),
+    "compare": ("images.compare", "Compare runs in one HTML report."),
 }
 
 
@@ -54,8 +54,8 @@ def _dispatch(words: list[str]) -> int:
     for length in (2, 1):
         entry = COMMANDS.get(" ".join(words[:length])) if len(words) >= length else None
         if entry is not None:
-            command = getattr(import_module("vrpo.commands"), entry[0])
-            return command(words[length:]) or 0
+            module, _, function = entry[0].partition(".")
+            return getattr(import_module(f"vrpo.commands.{module}"), function)(words[length:])
     members = [name.split()[1] for name in COMMANDS if name.startswith(f"{words[0]} ")]
     if not members:
         choices = dict.fromkeys(name.split()[0] for name in COMMANDS)

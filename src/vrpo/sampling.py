@@ -209,7 +209,7 @@ class RunSampler:
 
 
 def write_images(images: Tensor, labels: Tensor | None, out: Path, columns: int) -> None:
-    """Write uint8 images (B, 3, H, W) as one PNG grid, an ADM npz (``arr_0`` NHWC, ``arr_1`` labels), or a PNG folder."""
+    """Write uint8 images (B, 3, H, W) as a PNG grid, an ADM npz (``arr_0`` NHWC, ``arr_1`` labels) or a PNG folder."""
     from PIL import Image
 
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -138,7 +138,7 @@ def test_a_reward_is_added_from_outside() -> None:
 
 
 def test_an_unknown_reward_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="'semantics'.*'semantic'"):
+    with pytest.raises(ConfigError, match=r"'semantics'.*'semantic'"):
         build_reward("semantics", 8)
 
 

@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import CLASSES, pictures
 
 from vrpo.alignment.objective import AlignmentBatch, Objective
 from vrpo.config_load import to_yaml
+from vrpo.data.prepare import prepare
+from vrpo.data.sources import ArraySource
 from vrpo.errors import CheckpointError, ConfigError
 from vrpo.models.taps import Taps
 from vrpo.training import trainer as trainer_module
@@ -319,16 +322,13 @@ def test_checkpoint_of_another_architecture(make_config: Any, tmp_path: Path) ->
 
     run(make_config(), tmp_path / "run")
     other = build_transformer("SiT-Ti/4", input_size=16, in_channels=3, num_classes=3)
-    with pytest.raises(CheckpointError, match="is of another architecture: '.*' holds .* where this configuration has"):
+    with pytest.raises(
+        CheckpointError, match=r"another architecture: '.*' holds .* where this configuration has"
+    ):
         load_into(other, weights(tmp_path / "run"), "the file")
 
 
 def test_unlabelled_data_with_a_conditional_configuration(make_config: Any, tmp_path: Path) -> None:
-    from conftest import pictures
-
-    from vrpo.data.prepare import prepare
-    from vrpo.data.sources import ArraySource
-
     images, _ = pictures(12, 0)
     prepare(ArraySource(images, None, (), "flat"), tmp_path / "flat", size=16, workers=1, progress=False)
     over = {"data": {"path": str(tmp_path / "flat"), "validation": None}}
@@ -339,11 +339,6 @@ def test_unlabelled_data_with_a_conditional_configuration(make_config: Any, tmp_
 
 
 def test_held_out_data_of_another_size_is_refused(make_config: Any, tmp_path: Path) -> None:
-    from conftest import CLASSES, pictures
-
-    from vrpo.data.prepare import prepare
-    from vrpo.data.sources import ArraySource
-
     images, labels = pictures(12, 0)
     prepare(ArraySource(images, labels, CLASSES, "large"), tmp_path / "large", size=32, workers=1, progress=False)
     with pytest.raises(Exception, match="are 32 px and the training images 16 px"):
@@ -351,11 +346,6 @@ def test_held_out_data_of_another_size_is_refused(make_config: Any, tmp_path: Pa
 
 
 def test_image_size_that_the_patch_does_not_divide(make_config: Any, tmp_path: Path) -> None:
-    from conftest import CLASSES, pictures
-
-    from vrpo.data.prepare import prepare
-    from vrpo.data.sources import ArraySource
-
     images, labels = pictures(12, 0)
     prepare(ArraySource(images, labels, CLASSES, "odd"), tmp_path / "odd", size=18, workers=1, progress=False)
     over = {"path": str(tmp_path / "odd"), "validation": None}

@@ -13,8 +13,8 @@ from vrpo.config import TrainConfig
 class Optimizer:
     """One optimiser step for all precisions, without a host synchronisation.
 
-    The loss is multiplied by ``scale`` before the backward pass: 1 except in fp16, where it starts at 2^16, is halved by
-    a non-finite gradient and doubled after 2,000 good steps (Micikevicius et al. 2018). A step whose gradient is not
+    The loss is multiplied by ``scale`` before the backward pass: 1 except in fp16, where it starts at 2^16, is halved
+    by a non-finite gradient and doubled after 2,000 good steps (Micikevicius et al. 2018). A step whose gradient is not
     finite leaves weights and moments as they were, in every precision.
     """
 

@@ -26,8 +26,8 @@ from vrpo.training.ema import Ema
 from vrpo.training.observe import Validation, save_grid
 from vrpo.training.optim import Optimizer
 from vrpo.training.setup import Parts, build_parts, facts
-from vrpo.training.stop import StopRequest
 from vrpo.training.step import DenoisingStep, draw_step
+from vrpo.training.stop import StopRequest
 from vrpo.training.telemetry import BinnedMean, Journal, Meter, Stopwatch, plain
 
 TIME_BINS = 10

@@ -1,0 +1,1 @@
+"""The commands of ``vrpo``: what each takes, and the one call it makes."""

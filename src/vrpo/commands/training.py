@@ -1,0 +1,135 @@
+"""The commands that train: ``train``, ``presets``, ``demo``."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tyro.conf import Positional
+
+from vrpo.commands.parse import parse
+from vrpo.errors import ConfigError
+
+
+@dataclass
+class Train:
+    """Train a diffusion transformer. Every key of the configuration is an option, for example --train.images 2M."""
+
+    preset: str | None = None
+    """Starting point: a name that `vrpo presets` lists."""
+    config: Path | None = None
+    """Starting point: a YAML file, for example a run's config.yaml."""
+    data: Path | None = None
+    """Prepared data set; the same as --data.path."""
+    out: Path | None = None
+    """Folder of the run; default runs/NAME-seed-SEED."""
+    resume: bool = False
+    """Go on with the run in --out."""
+
+
+def train(words: list[str]) -> int:
+    """Train, from a preset, a file or the defaults, with overrides."""
+    from vrpo.config import RunConfig
+    from vrpo.config_load import build_config, load_file, load_preset, merge
+
+    if "--help" in words or "-h" in words:
+        with contextlib.suppress(SystemExit):
+            tyro.cli(Train, prog="vrpo train", args=["--help"])
+        print("\nOverrides, every key of the configuration:\n")
+        tyro.cli(
+            RunConfig,
+            prog="vrpo train",
+            default=RunConfig(),
+            args=["--help"],
+            config=(tyro.conf.FlagConversionOff,),
+        )
+    options, rest = parse(Train, words, "train", rest=True)
+    if options.preset is not None and options.config is not None:
+        raise ConfigError("give --preset or --config, not both: they are two starting points.")
+    where, values = "the defaults", {}
+    if options.preset is not None:
+        where, values = f"preset {options.preset}", load_preset(options.preset)
+    elif options.config is not None:
+        where, values = str(options.config), load_file(options.config)
+    elif options.resume and options.out is not None:
+        where = str(options.out / "config.yaml")
+        values = load_file(options.out / "config.yaml")
+    if options.data is not None:
+        values = merge(values, {"data": {"path": str(options.data)}})
+    config = build_config(values, rest, where).with_absolute_paths()
+    out = options.out or Path("runs") / f"{config.name}-seed-{config.seed}"
+
+    from vrpo.display import TrainingDisplay
+    from vrpo.training.trainer import train as run_training
+
+    with TrainingDisplay() as display:
+        result = run_training(
+            config, out, resume=options.resume, say=display.say, display=display.report, progress=display.progress
+        )
+    print(f"{result.status.capitalize()} at {result.images:,} images, {result.seconds:.0f} s of training: {result.run}")
+    return 0 if result.signal is None else 128 + result.signal
+
+
+@dataclass
+class Presets:
+    """List the presets, or show the values of one."""
+
+    name: Positional[str | None] = None
+    """The preset to show."""
+    full: bool = False
+    """Show the whole configuration, defaults included."""
+
+
+def presets(words: list[str]) -> int:
+    """List or show presets."""
+    import yaml
+
+    from vrpo.config_load import load_preset, preset_names, to_yaml, validate
+
+    options, _ = parse(Presets, words, "presets")
+    if options.name is None:
+        print("\n".join(preset_names()))
+        return 0
+    values = load_preset(options.name)
+    config = validate(values, f"preset {options.name}")
+    print(to_yaml(config) if options.full else yaml.safe_dump(values, sort_keys=False), end="")
+    return 0
+
+
+@dataclass
+class Demo:
+    """Train without and with alignment on handwritten digits (or your images), evaluate, compare."""
+
+    out: Path = Path("vrpo-demo")
+    """Folder for data, runs and report."""
+    data: Path | None = None
+    """Folder or zip of your images, one sub-folder a class; default: handwritten digits."""
+    size: int | None = None
+    """Side in pixels for --data; default 32."""
+    minutes: float = 4.0
+    """Time for all of it."""
+    objectives: tuple[str, ...] = ("none", "repa", "vrpo")
+    """What is compared."""
+    seed: int = 0
+    """Seed of every run."""
+
+
+def demo(words: list[str]) -> int:
+    """Run the demo."""
+    options, _ = parse(Demo, words, "demo")
+
+    from vrpo.demo import run_demo
+
+    report, headline = run_demo(
+        options.out,
+        source=options.data,
+        size=options.size,
+        minutes=options.minutes,
+        objectives=options.objectives,
+        seed=options.seed,
+    )
+    print(headline)
+    print(f"Report: {report.resolve()}")
+    return 0
