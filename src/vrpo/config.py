@@ -143,6 +143,27 @@ class VrpoConfig(Section):
     noise_preferences: bool = Field(False, description="Ablation: random directions in place of preferences.")
 
 
+class ImageDistanceConfig(Section):
+    """A perceptual distance of the one-step prediction of an image to the image, added to the denoising loss."""
+
+    kind: Literal["none", "lpips", "encoder"] = Field(
+        "none", description="Off, LPIPS, or one minus the cosine between a frozen encoder's tokens."
+    )
+    network: str | None = Field(None, description="lpips: alex or vgg (None: vgg); encoder: as encoder.name.")
+    network_weights: str | None = Field(None, description="Its local weights file; encoder: as encoder.weights.")
+    linear_weights: str | None = Field(None, description="lpips: local file of its linear weights.")
+    feature: int | None = Field(None, description="encoder: as encoder.feature.")
+    input_size: int | None = Field(
+        None, ge=8, description="Side images are resized to; None: lpips as they are, encoder to fit the trunk's grid."
+    )
+    weight: float | dict[str, float] = Field(
+        0.1, description="Weight of an image's distance beside its denoising loss, or points over images seen."
+    )
+    start: float = Field(0.5, ge=0, le=1, description="Share of the budget before which it is off.")
+    max_time: float = Field(0.3, gt=0, le=1, description="Time (0 data, 1 noise) below which images are compared.")
+    fraction: float = Field(0.125, gt=0, le=1, description="Share of those images that are compared.")
+
+
 class AlignConfig(Section):
     """The alignment objective."""
 
@@ -158,6 +179,7 @@ class AlignConfig(Section):
     temperature: float = Field(0.07, gt=0, description="contrastive: softmax temperature.")
     haste: HasteConfig = HasteConfig()
     vrpo: VrpoConfig = VrpoConfig()
+    perceptual_image: ImageDistanceConfig = ImageDistanceConfig()
 
 
 class TrainConfig(Section):

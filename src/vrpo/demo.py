@@ -27,6 +27,8 @@ DIGITS_SIZE = 16
 IMAGES_SIZE = 32
 HELD_OUT = 8  # one image in this many is held out
 CALIBRATION_STEPS = 30
+DIGITS_STEPS = 150
+ENCODER_SHARE = 0.08  # of the demo's time, for each of the two encoders
 VISITS = 5  # evaluations a run
 OBSERVED_SHARE = 0.35  # of a run's time, that samples and scores take
 
@@ -76,7 +78,7 @@ def run_demo(
         raise ConfigError(f"--minutes {minutes:g} is no time at all: give at least 0.5.")
     started = time.monotonic()
     training, held_out = _prepare(out, source, size)
-    encoders = _fit_encoders(out, training, minutes, seed)
+    encoders = _fit_encoders(out, training, minutes, seed, source is None)
     base = _base_config(training, held_out, encoders, seed)
 
     left = minutes * 60 - (time.monotonic() - started)
@@ -121,15 +123,16 @@ def _prepare(out: Path, source: Path | None, size: int | None) -> tuple[Path, Pa
     return folders[0], folders[1]
 
 
-def _fit_encoders(out: Path, training: Path, minutes: float, seed: int) -> tuple[Path, Path]:
+def _fit_encoders(out: Path, training: Path, minutes: float, seed: int, digits_only: bool) -> tuple[Path, Path]:
     """Fit the encoder that is aligned to, and a smaller one with another seed that only judges."""
     dataset = ShardedDataset(training)
     grid = dataset.image_size // 4
-    share = min(0.25, minutes / 20)  # minutes each
+    # Digits need no more than this; how long other images need is not known, so they get a share of the time.
+    length: dict[str, Any] = {"steps": DIGITS_STEPS} if digits_only else {"minutes": ENCODER_SHARE * minutes}
     files = []
     for name, width, own_seed in (("aligned", 64, seed), ("judge", 48, seed + 1)):
         file = out / f"encoder-{name}.safetensors"
-        result = fit_encoder(dataset, file, minutes=share, width=width, grid=grid, seed=own_seed, progress=None)
+        result = fit_encoder(dataset, file, width=width, grid=grid, seed=own_seed, progress=None, **length)
         _say(f"Encoder '{name}': {result.accuracy:.1%} of held-out images right after {result.seconds:.0f} s.")
         files.append(file)
     return files[0], files[1]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vrpo.errors import CheckpointError
-from vrpo.vision.perceptual import DESCRIPTORS, EncoderDistance, Lpips, PatchDescriptor, patch_descriptors
+from vrpo.errors import CheckpointError, ConfigError
+from vrpo.vision.encoders import load_encoder, resample_tokens
+from vrpo.vision.perceptual import DESCRIPTORS, EncoderDistance, Lpips, patch_descriptors, token_features
 
 CONTRAST, DIRECTIONS, LAPLACIAN = 0, slice(1, 5), 5
 
@@ -88,22 +89,6 @@ def test_descriptors_ignore_the_mean_and_are_finite_in_half_precision() -> None:
     assert flat.abs().max() < 1e-6
 
 
-def test_standardised_over_what_was_observed() -> None:
-    descriptor = PatchDescriptor(tokens=4)
-    batches = [torch.randn(n, 3, 8, 8) * scale for n, scale in ((5, 1.0), (2, 3.0), (9, 0.2))]
-    plain = torch.cat([patch_descriptors(batch, 4) for batch in batches]).flatten(0, 1).double()
-    torch.testing.assert_close(descriptor(batches[0]), patch_descriptors(batches[0], 4))
-    for batch in batches:
-        descriptor(batch, observe=True)
-    expected = (plain - plain.mean(0)) / plain.std(0, correction=0)
-    actual = torch.cat([descriptor(batch) for batch in batches]).flatten(0, 1)
-    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
-
-    restored = PatchDescriptor(tokens=4)
-    restored.load_state_dict(descriptor.state_dict())
-    assert torch.equal(restored(batches[1]), descriptor(batches[1]))
-
-
 def test_encoder_distance_is_differentiable_in_the_prediction_only() -> None:
     mixing = torch.randn(12, 7)
 
@@ -120,6 +105,20 @@ def test_encoder_distance_is_differentiable_in_the_prediction_only() -> None:
     value.sum().backward()
     assert predicted.grad.abs().sum() > 0
     assert images.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_differentiable_tokens_are_the_encoder_s_own(dtype: torch.dtype) -> None:
+    encoder = load_encoder("resnet10t", weights="random", grid=4, feature=1, input_size=24, dtype=dtype)
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    floats = (pixels / 127.5 - 1).requires_grad_()
+    tokens = token_features(encoder)(floats)
+    own = tokens if encoder.native_grid == 4 else resample_tokens(tokens, 4)
+    precision = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(own.float(), encoder.tokens(pixels), **precision)
+    tokens.float().square().sum().backward()
+    assert floats.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in encoder.parameters())
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +175,19 @@ def test_lpips_where_no_channel_fires_is_zero_with_finite_gradient(lpips_files: 
     value.sum().backward()
     assert value.item() == 0
     assert torch.isfinite(black.grad).all()
+
+
+def test_lpips_has_a_smallest_size_and_may_resize(lpips_files: tuple[Path, Path]) -> None:
+    network = Lpips(*lpips_files, network="alex")
+    x, y = torch.rand(2, 1, 3, network.smallest, network.smallest)
+    assert network(x, y) > 0
+    with pytest.raises(RuntimeError):
+        network(x[..., 1:, 1:], y[..., 1:, 1:])
+    larger = Lpips(*lpips_files, network="alex", input_size=48)
+    x48, y48 = (F.interpolate(image, size=(48, 48), mode="bicubic", antialias=True) for image in (x, y))
+    torch.testing.assert_close(larger(x, y), network(x48, y48))
+    with pytest.raises(ConfigError, match="LPIPS has no network 'alexnet': did you mean 'alex'"):
+        Lpips(*lpips_files, network="alexnet")
 
 
 def test_lpips_names_the_file_that_is_missing_or_wrong(lpips_files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ class Size:
 
 
 SIZES = {
-    "N": Size(6, 128, 4),
+    "N": Size(4, 96, 3),
     "Ti": Size(8, 192, 3),
     "S": Size(12, 384, 6),
     "B": Size(12, 768, 12),

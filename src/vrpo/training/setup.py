@@ -12,6 +12,7 @@ import torch
 
 import vrpo
 from vrpo.alignment.build import build_objective, check_depths
+from vrpo.alignment.image_distance import add_image_distance
 from vrpo.alignment.objective import Objective
 from vrpo.config import RunConfig
 from vrpo.data.shards import ShardedDataset
@@ -138,6 +139,14 @@ def build_parts(config: RunConfig, say: Say, progress: Any = None) -> Parts:
         encoder_widths=targets.widths,
         tokens=trunk.num_tokens,
         num_heads=SIZES[size].num_heads,
+    )
+    objective = add_image_distance(
+        objective,
+        config.align.perceptual_image,
+        channels=dataset.channels,
+        image_size=dataset.image_size,
+        tokens=trunk.num_tokens,
+        device=device,
     )
     return Parts(
         config=config,

@@ -6,13 +6,17 @@ from collections.abc import Callable
 from itertools import pairwise
 from math import isqrt, sqrt
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vrpo.errors import ConfigError, nearest
 from vrpo.vision.weight_files import fit_weights, read_weights
+
+if TYPE_CHECKING:
+    from vrpo.vision.encoders import Encoder
 
 DESCRIPTORS = ("contrast", "horizontal", "falling", "vertical", "rising", "laplacian")
 """What ``patch_descriptors`` returns, in order; the four in the middle are directions of change."""
@@ -50,43 +54,18 @@ def patch_descriptors(images: Tensor, tokens: int) -> Tensor:
     return torch.stack(energies, -1).mean(1).flatten(1, 2).clamp_min(0).sqrt()
 
 
-class PatchDescriptor(nn.Module):
-    """Patch descriptors standardised by the mean and deviation of all patches observed so far.
+def token_features(encoder: Encoder) -> Callable[[Tensor], Tensor]:
+    """Return a differentiable function from images (B, 3, H, W) in [-1, 1] to the encoder's own tokens (B, n*n, C).
 
-    The running statistics are buffers, so they are saved with the module; before any are observed the
-    descriptors are returned as they are.
+    It sees images as ``Encoder.tokens`` does (resized, normalised, in the encoder's precision) and leaves the tokens
+    on the encoder's own grid.
     """
 
-    width = len(DESCRIPTORS)
-    count: Tensor
-    mean: Tensor
-    squares: Tensor
+    def features(images: Tensor) -> Tensor:
+        with encoder._precision(images.device):
+            return encoder.backbone.tokens(encoder._prepare((images + 1) * 127.5))
 
-    def __init__(self, tokens: int) -> None:
-        super().__init__()
-        self.tokens = tokens
-        self.register_buffer("count", torch.zeros(()))
-        self.register_buffer("mean", torch.zeros(self.width))
-        self.register_buffer("squares", torch.zeros(self.width))
-
-    @torch.no_grad()
-    def forward(self, images: Tensor, observe: bool = False) -> Tensor:
-        """Return standardised descriptors (B, N, 6) of (B, C, H, W), after counting them in if asked to."""
-        described = patch_descriptors(images, self.tokens)
-        if observe:
-            self._observe(described.flatten(0, 1))
-        deviation = (self.squares / self.count.clamp_min(1)).sqrt()
-        deviation = torch.where(self.count > 0, deviation.clamp_min(1e-6), torch.ones_like(deviation))
-        return (described - self.mean) / deviation
-
-    def _observe(self, rows: Tensor) -> None:
-        # Chan's update of mean and summed squared deviations: no cancellation, whatever the count.
-        mean = rows.mean(0)
-        total = self.count + len(rows)
-        shift = mean - self.mean
-        self.squares += (rows - mean).square().sum(0) + shift.square() * self.count * len(rows) / total
-        self.mean += shift * len(rows) / total
-        self.count += len(rows)
+    return features
 
 
 class EncoderDistance(nn.Module):
@@ -104,31 +83,45 @@ class EncoderDistance(nn.Module):
         """Return the distance (B,) of ``predicted`` to ``images``, differentiable in ``predicted`` only."""
         (features,) = self._features
         with torch.no_grad():
-            wanted = F.normalize(features(images).float(), dim=-1, eps=1e-6)
-        return 1 - (F.normalize(features(predicted).float(), dim=-1, eps=1e-6) * wanted).sum(-1).mean(-1)
+            wanted = _unit_tokens(features(images))
+        return 1 - (_unit_tokens(features(predicted)) * wanted).sum(-1).mean(-1)
+
+
+def _unit_tokens(tokens: Tensor) -> Tensor:
+    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    return F.normalize(tokens, dim=-1, eps=1e-6)
 
 
 _LPIPS_LAYERS = {
     "alex": ((2, 64), (5, 192), (8, 384), (10, 256), (12, 256)),
     "vgg": ((4, 64), (9, 128), (16, 256), (23, 512), (30, 512)),
 }
+_LPIPS_SMALLEST = {"alex": 31, "vgg": 16}
 
 
 class Lpips(nn.Module):
     """LPIPS (arXiv 1801.03924) from local files: torchvision's AlexNet or VGG-16, and its linear weights.
 
     ``backbone`` holds torchvision's keys (``features.0.weight``...; a classifier is ignored) and ``linear``
-    those of the ``lpips`` package (``lin0.model.1.weight``...). Raises CheckpointError for files that are
-    missing or of another network.
+    those of the ``lpips`` package (``lin0.model.1.weight``...). Images are resized (bicubic) to ``input_size``
+    pixels a side, or taken as they are; below ``smallest`` pixels nothing is left of them. Raises ConfigError for a
+    ``network`` other than alex and vgg, CheckpointError for files that are missing or of another network.
     """
 
     shift: Tensor
     scale: Tensor
+    input_size: int | None
+    smallest: int
 
-    def __init__(self, backbone: str | Path, linear: str | Path, network: Literal["alex", "vgg"] = "vgg") -> None:
+    def __init__(
+        self, backbone: str | Path, linear: str | Path, network: str = "vgg", input_size: int | None = None
+    ) -> None:
         super().__init__()
         from torchvision.models import alexnet, vgg16
 
+        if network not in _LPIPS_LAYERS:
+            raise ConfigError(f"LPIPS has no network '{network}': {nearest(network, _LPIPS_LAYERS)}")
+        self.input_size, self.smallest = input_size, _LPIPS_SMALLEST[network]
         backbone, linear = Path(backbone), Path(linear)
         layers = _LPIPS_LAYERS[network]
         features: nn.Sequential = (alexnet if network == "alex" else vgg16)(weights=None).features
@@ -157,12 +150,18 @@ class Lpips(nn.Module):
     def forward(self, predicted: Tensor, images: Tensor) -> Tensor:
         """Return the distance (B,) between images (B, 3, H, W) in [-1, 1], in float32."""
         with torch.autocast(images.device.type, enabled=False):
-            x, y = ((each.float() - self.shift) / self.scale for each in (predicted, images))
+            x, y = ((self._resized(each.float()) - self.shift) / self.scale for each in (predicted, images))
             distance = x.new_zeros(x.shape[0])
             for stage, head in zip(self.stages, self.heads, strict=True):
                 x, y = stage(x), stage(y)
                 distance = distance + head((_unit_channels(x) - _unit_channels(y)).square()).mean((1, 2, 3))
             return distance
+
+    def _resized(self, images: Tensor) -> Tensor:
+        side = self.input_size
+        if side is None or images.shape[-2:] == (side, side):
+            return images
+        return F.interpolate(images, size=(side, side), mode="bicubic", antialias=True)
 
 
 def _unit_channels(x: Tensor) -> Tensor:

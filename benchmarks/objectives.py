@@ -1,0 +1,411 @@
+"""Trains objectives and their ablations under one budget, several seeds each, and compares them.
+
+    python benchmarks/objectives.py --preset cifar10-sit-ti-4 --data DATA --validation HELD_OUT --images 64k \
+        --variants none repa vrpo vrpo-no-gate vrpo:align.vrpo.fidelity=2 --seeds 0 1 2 --jobs 2 --out OUT \
+        --encoder.name NAME --encoder.weights FILE --encoder.cache True --evaluate.features NAME --evaluate.weights FILE
+
+Every key of the configuration is an option, as for `vrpo train`, and holds for all runs; a variant's own changes go
+before it. Each run is `vrpo train` in a process of its own. Repeated, the command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from comparison import run_record, summarise, summary_table
+from machine import describe
+from variants import Variant, describe_variants, parse_variant
+
+from vrpo.config import RunConfig
+from vrpo.config_load import build_config, load_file, load_preset, merge, to_yaml, validate
+from vrpo.errors import ConfigError, VrpoError
+from vrpo.files import write_text
+from vrpo.report.compare import compare
+from vrpo.runs import flatten
+from vrpo.training.setup import build_parts, resolve_device
+
+POLL_SECONDS = 0.2
+QUICK_IMAGES = 512
+QUICK_NETWORK = {"name": "resnet10t", "weights": "random", "input_size": "16", "feature": "1"}
+QUICK_EVALUATION = {
+    "features": "resnet10t",
+    "weights": "random",
+    "input_size": "32",
+    "samples": "32",
+    "reference": "validation",
+}
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A further feature network, which scores the samples of finished runs."""
+
+    name: str
+    weights: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> Judge:
+        """Read NAME or NAME=WEIGHTS; raises ConfigError where there is no such file."""
+        name, _, weights = text.partition("=")
+        if weights and not Path(weights).is_file():
+            raise ConfigError(f"--judge {text}: there is no weights file {weights}: write NAME=FILE.")
+        return cls(name, str(Path(weights).absolute()) if weights else None)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a variant and a seed."""
+
+    variant: Variant
+    seed: int
+    config: RunConfig
+    run: Path
+    record: Path
+    judges: tuple[Judge, ...] = ()
+    judge_samples: int | None = None
+
+    @property
+    def title(self) -> str:
+        """The job's name in messages."""
+        return f"{self.variant.name} seed {self.seed}"
+
+    @property
+    def log(self) -> Path:
+        """Where the processes' output goes."""
+        return self.run.with_name(f"{self.run.name}.log")
+
+    @property
+    def trained(self) -> bool:
+        """Whether the run has spent its budget."""
+        try:
+            return json.loads((self.run / "run.json").read_text("utf-8"))["status"] == "finished"
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def next_command(self) -> list[str] | None:
+        """Return the command that comes next, without the program's name; None where all is done."""
+        if not self.trained:
+            file = self.run.with_name(f"{self.run.name}.yaml")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, to_yaml(self.config))
+            return ["train", "--config", str(file), "--out", str(self.run), "--resume"]
+        for judge in self.judges:
+            file = self._score_file(judge)
+            if not file.is_file():
+                return self._evaluation(judge, file)
+        return None
+
+    def check(self) -> None:
+        """Raise ConfigError if the folder holds a run of another configuration."""
+        file = self.run / "config.yaml"
+        if not file.is_file():
+            return
+        old = flatten(validate(load_file(file), str(file)).model_dump(mode="json"))
+        new = flatten(self.config.model_dump(mode="json"))
+        for key in sorted(set(old) | set(new)):
+            if old.get(key) != new.get(key):
+                raise ConfigError(
+                    f"{self.run} was begun with {key} {old.get(key)} and is now asked for with {new.get(key)}: choose "
+                    "another --out, or remove it."
+                )
+
+    def _score_file(self, judge: Judge) -> Path:
+        return self.run / "evaluations" / f"judge-{judge.name.replace('/', '-')}.json"
+
+    def _evaluation(self, judge: Judge, file: Path) -> list[str]:
+        settings, data = self.config.evaluate, self.config.data
+        reference = data.validation if settings.reference == "validation" else data.path
+        words = ["evaluate", str(self.run), "--reference", str(reference), "--features", judge.name]
+        if judge.weights is not None:
+            words += ["--features-weights", judge.weights]
+        words += ["--samples", str(self.judge_samples or settings.samples), "--labels", settings.labels]
+        words += ["--metrics", *settings.metrics, "--device", self.config.train.device]
+        return [*words, "--seed", str(self.seed), "--out", str(file)]
+
+
+@dataclass
+class _Active:
+    job: Job
+    started: float
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def start(self, words: list[str], threads: int) -> None:
+        """Start a command with so many threads, its output appended to the job's log."""
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        environment = {**os.environ, **dict.fromkeys(names, str(threads))}
+        with self.job.log.open("ab") as log:
+            command = [sys.executable, "-m", "vrpo", *words]
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def execute(jobs: Sequence[Job], slots: int, threads: int, say: Say) -> dict[str, str]:
+    """Run what the jobs still need, ``slots`` at a time, and return what went wrong, by the job's title.
+
+    Interrupted, it asks the processes to stop, which write a checkpoint, and waits for them.
+    """
+    waiting = [job for job in jobs if job.next_command() is not None]
+    say(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them done; {slots} at a time, {threads} threads in all.")
+    running: list[_Active] = []
+    failed: dict[str, str] = {}
+    begun, done, total = time.monotonic(), 0, len(waiting)
+    try:
+        while waiting or running:
+            while waiting and len(running) < slots:
+                active = _Active(waiting.pop(0), time.monotonic())
+                say(f"{active.job.title}: {'resumed' if active.job.run.is_dir() else 'begun'}")
+                words = active.job.next_command()
+                assert words is not None
+                active.start(words, max(1, threads // slots))
+                running.append(active)
+            for active in list(running):
+                code = active.process.poll()
+                if code is None:
+                    continue
+                words = active.job.next_command()
+                if code == 0 and words is not None:
+                    active.start(words, max(1, threads // slots))
+                    continue
+                running.remove(active)
+                done += 1
+                if code != 0:
+                    failed[active.job.title] = _last_line(active.job.log) or f"exit code {code}"
+                left = (time.monotonic() - begun) / done * (total - done)
+                outcome = failed.get(active.job.title, f"done in {_clock(time.monotonic() - active.started)}")
+                say(f"[{done}/{total}] {active.job.title}: {outcome}; about {_clock(left)} left")
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        say("Stopping: every run writes a checkpoint.")
+        for active in running:
+            active.process.terminate()
+        for active in running:
+            active.process.wait()
+        raise
+    return failed
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text("utf-8", errors="replace").splitlines() if log.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _clock(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60}:{minutes % 60:02d} h" if minutes >= 60 else f"{seconds / 60:.1f} min"
+
+
+def plan(options: argparse.Namespace, words: Sequence[str]) -> list[Job]:
+    """Return the jobs, all variants of the first seed before the second.
+
+    Raises:
+        ConfigError: a variant, a key or a value that is wrong, or two variants that are the same.
+    """
+    variants = [parse_variant(text) for text in options.variants]
+    common: dict[str, Any] = {"train": {"keep_checkpoints": 1}, "data": {}}
+    for section, key, value in (
+        ("data", "path", options.data),
+        ("data", "validation", options.validation),
+        ("train", "images", options.images),
+    ):
+        if value is not None:
+            common[section][key] = str(value)
+    configs: dict[str, RunConfig] = {}
+    for variant in variants:
+        values = merge(load_preset(f"{options.preset}-{variant.objective}"), common)
+        config = _absolute(build_config(values, [*words, *variant.words], f"preset {options.preset}"))
+        config = config.model_copy(update={"name": variant.name, "seed": 0})
+        for other, known in configs.items():
+            if known == config.model_copy(update={"name": other}):
+                raise ConfigError(f"the variants {other} and {variant.name} are the same: leave one out.")
+        configs[variant.name] = config
+    if len({variant.folder for variant in variants}) < len(variants):
+        raise ConfigError("two variants have the same name: leave one out, or write LABEL@ before it.")
+    runs = options.runs or options.out / "runs"
+    return [
+        Job(
+            variant,
+            seed,
+            configs[variant.name].model_copy(update={"seed": seed}),
+            runs / variant.folder / f"seed-{seed}",
+            options.out / f"{variant.folder}-seed-{seed}.json",
+            tuple(Judge.parse(text) for text in options.judge),
+            options.judge_samples,
+        )
+        for seed in dict.fromkeys(options.seeds)
+        for variant in variants
+    ]
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """Return the configuration with the paths of data and weights absolute, the same wherever it is asked for."""
+    config = config.with_absolute_paths()
+    sections = {}
+    for name in ("encoder", "evaluate"):
+        section = getattr(config, name)
+        if section.weights is not None and Path(section.weights).is_file():
+            sections[name] = section.model_copy(update={"weights": str(Path(section.weights).absolute())})
+    return config.model_copy(update=sections)
+
+
+def check_and_cache(jobs: Sequence[Job], say: Say) -> None:
+    """Build the parts of every variant once: what does not fit is refused now, and token caches are filled.
+
+    Raises:
+        VrpoError: the first run that cannot be trained, with the variant's name.
+    """
+    checked = set()
+    for job in jobs:
+        job.check()
+        if job.variant.name in checked or job.trained:
+            continue
+        checked.add(job.variant.name)
+        try:
+            build_parts(job.config, say)
+        except VrpoError as error:
+            raise type(error)(f"variant {job.variant.name}: {error}") from error
+
+
+def quick_words(out: Path) -> tuple[Path, Path, list[str]]:
+    """Prepare handwritten digits, and return the two data sets and a configuration that trains in seconds."""
+    from vrpo.data.prepare import prepare
+    from vrpo.demo import HELD_OUT, digits, split
+
+    folders = []
+    for part, name in zip(split(digits(), HELD_OUT), ("training", "held-out"), strict=True):
+        folders.append(out / "data" / name)
+        prepare(part, folders[-1], size=16, workers=1, progress=False)
+    values = {
+        **{f"encoder.{key}": value for key, value in QUICK_NETWORK.items()},
+        **{f"evaluate.{key}": value for key, value in QUICK_EVALUATION.items()},
+        **{f"train.{key}_every": "256" for key in ("validate", "evaluate", "sample", "checkpoint")},
+        "train.log_every": "128",
+        "train.validation_images": "64",
+        "align.projector_width": "64",
+        "sample.steps": "2",
+    }
+    words = [word for key, value in values.items() for word in (f"--{key}", value)]
+    return folders[0], folders[1], words
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog="Every key of the configuration is an option too, such as --encoder.name or --train.evaluate_every.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--preset", default="cifar10-sit-ti-4", help="where all runs start from")
+    parser.add_argument("--data", type=Path, help="prepared data set to train on")
+    parser.add_argument("--validation", type=Path, help="prepared held-out data set")
+    parser.add_argument("--images", help="budget of each run, such as 64k")
+    parser.add_argument(
+        "--variants", nargs="+", default=["none", "repa", "vrpo"], metavar="[LABEL@]NAME[:KEY=VALUE,..]"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--baseline", help="variant that differences are to; default repa, else the first")
+    parser.add_argument("--judge", action="append", default=[], metavar="NAME[=WEIGHTS]", help="also score in this")
+    parser.add_argument("--judge-samples", type=int, help="samples for --judge; default as during training")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads in all")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--runs", type=Path, help="folder of the runs; default OUT/runs")
+    parser.add_argument("--list", action="store_true", help="list the variants")
+    parser.add_argument("--quick", action="store_true", help="seconds on handwritten digits, to try the benchmark")
+    return parser
+
+
+def read(words: Sequence[str]) -> tuple[argparse.Namespace, list[Job]]:
+    """Return the options and the jobs that the words of the command line ask for.
+
+    Raises:
+        ConfigError: an option that is missing or wrong.
+    """
+    options, rest = _parser().parse_known_args(words)
+    if options.out is None:
+        raise ConfigError("--out is not set: give the folder of the results.")
+    if options.jobs < 1:
+        raise ConfigError(f"--jobs {options.jobs} runs nothing: give at least 1.")
+    if options.quick:
+        options.preset, options.images = "demo", options.images or QUICK_IMAGES
+        options.data, options.validation, quick = quick_words(options.out)
+        rest = [*quick, *rest]
+    jobs = plan(options, rest)
+    names = list(dict.fromkeys(job.variant.name for job in jobs))
+    options.baseline = options.baseline or ("repa" if "repa" in names else names[0])
+    if options.baseline not in names:
+        raise ConfigError(f"--baseline {options.baseline} is not among the variants: choose one of {', '.join(names)}.")
+    return options, jobs
+
+
+def main(words: Iterable[str] | None = None) -> int:
+    """Train what is missing, write the results, and return 0, or 1 where a run failed."""
+    given = sys.argv[1:] if words is None else list(words)
+    if "--list" in given:
+        print(describe_variants())
+        return 0
+    options, jobs = read(given)
+    torch.set_num_threads(options.threads)
+    check_and_cache(jobs, _say)
+    failed = execute(jobs, options.jobs, options.threads, _say)
+    _write_results(options, jobs, failed)
+    return 1 if failed else 0
+
+
+def _write_results(options: argparse.Namespace, jobs: Sequence[Job], failed: dict[str, str]) -> None:
+    baseline = options.baseline
+    options.out.mkdir(parents=True, exist_ok=True)
+    records = []
+    for job in jobs:
+        if job.trained:
+            record = run_record(job.run, job.variant, job.seed)
+            records.append(record)
+            write_text(job.record, json.dumps(record, indent=1) + "\n")
+    if not records:
+        return
+    settings = {
+        "preset": options.preset,
+        "images": jobs[0].config.train.images,
+        "seeds": list(dict.fromkeys(job.seed for job in jobs)),
+        "jobs": options.jobs,
+        "threads_each": max(1, options.threads // options.jobs),
+        "machine": describe(resolve_device(jobs[0].config.train.device)),
+    }
+    summary = {"settings": settings, **summarise(records, baseline), "failed": failed}
+    write_text(options.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    text = summary_table(summary)
+    write_text(options.out / "summary.md", text + "\n")
+    print(text)
+    # The baseline's runs first: among groups of one objective the report takes the first as its baseline.
+    trained = sorted((job for job in jobs if job.trained), key=lambda job: job.variant.name != baseline)
+    report = options.out / "report.html"
+    objective = trained[0].variant.objective
+    compare([job.run for job in trained], report, title="Objectives compared", baseline=objective, json_file=True)
+    print(f"\nReport: {report}")
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    # A polite kill stops the runs as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(main())
+    except VrpoError as error:
+        print(f"objectives: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("objectives: interrupted; the same command goes on.", file=sys.stderr)
+        sys.exit(130)
