@@ -112,3 +112,23 @@ def test_from_images_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
     code, out, _ = run(["compare", str(tmp_path / "none"), str(tmp_path / "repa"), "--out", str(report)], capsys)
     assert code == 0
     assert "<svg" in report.read_text()
+
+
+def test_plugin_registers_a_reward_and_a_missing_one_is_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vrpo.alignment.rewards import build_reward
+
+    plugin = tmp_path / "my_reward.py"
+    plugin.write_text(
+        "from vrpo.alignment.rewards import register_reward\n"
+        "@register_reward('brightness_of_tests')\n"
+        "def brightness(actions, context):\n"
+        "    return actions.dot(context.target)\n"
+    )
+    code, _, err = run(["train", "--plugin", str(plugin), "--data", str(tmp_path / "none")], capsys)
+    assert (code, "none" in err) == (2, True)
+    assert build_reward("brightness_of_tests", 8) is not None
+    code, _, err = run(["train", "--plugin", "absent.py", "--data", "x"], capsys)
+    assert code == 2
+    assert "--plugin absent.py is not a Python file" in err

@@ -124,7 +124,9 @@ class VrpoConfig(Section):
     relational: float | dict[str, float] = Field(0.5, description="Weight of the relational reward.")
     fidelity: float | dict[str, float] = Field(1.0, description="Weight of the fidelity reward.")
     perceptual: float | dict[str, float] = Field(0.25, description="Weight of the perceptual reward.")
-    rewards: dict[str, float] = Field({}, description="Weights of further registered rewards, by name.")
+    rewards: dict[str, float | dict[str, float]] = Field(
+        {}, description="Weights of further registered rewards, by name."
+    )
     advantage: Literal["agreement", "sum", "per-reward", "centred"] = Field(
         "agreement", description="Group-relative normaliser."
     )

@@ -7,6 +7,7 @@ The trainer calls, for every micro-batch: ``taps(batch)`` before the transformer
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,7 @@ class AlignmentBatch:
             1 / (images in the step on this process), times the loss scale if there is one. A gradient that arrives
             at a tap, divided by it, is that of the image's own loss, whatever the batch split and the loss scale.
         generator: source of the objective's own random numbers, a function of (seed, step).
+        watch: opens a section whose time is counted as the objective's; work in the backward pass goes into one.
     """
 
     targets: tuple[Tensor, ...]
@@ -40,6 +42,7 @@ class AlignmentBatch:
     budget: int
     sample_weight: Tensor | float
     generator: torch.Generator | None = None
+    watch: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 class Objective(nn.Module):

@@ -212,7 +212,11 @@ class Vrpo(Repa):
         if not torch.is_grad_enabled() or not (self.weights or self.vrpo.gate):
             return h
         passes = [step.passes[index] for index in indices]
-        respond = partial(self._respond, step.settings, step.gates, step.alpha, passes)
+
+        def respond(g: Tensor, *means: Tensor) -> list[Tensor | None]:
+            with step.batch.watch():
+                return self._respond(step.settings, step.gates, step.alpha, passes, g, *means)
+
         return attach(h, [step.means[index] for index in indices], respond)
 
     def _respond(

@@ -27,6 +27,8 @@ class Train:
     """Folder of the run; default runs/NAME-seed-SEED."""
     resume: bool = False
     """Go on with the run in --out."""
+    plugin: tuple[Path, ...] = ()
+    """Python files to run first, for example one that registers a reward. Only name files that you trust."""
 
 
 def train(words: list[str]) -> int:
@@ -48,6 +50,8 @@ def train(words: list[str]) -> int:
     options, rest = parse(Train, words, "train", rest=True)
     if options.preset is not None and options.config is not None:
         raise ConfigError("give --preset or --config, not both: they are two starting points.")
+    for file in options.plugin:
+        _run_plugin(file)
     where, values = "the defaults", {}
     if options.preset is not None:
         where, values = f"preset {options.preset}", load_preset(options.preset)
@@ -70,6 +74,16 @@ def train(words: list[str]) -> int:
         )
     print(f"{result.status.capitalize()} at {result.images:,} images, {result.seconds:.0f} s of training: {result.run}")
     return 0 if result.signal is None else 128 + result.signal
+
+
+def _run_plugin(file: Path) -> None:
+    """Run a user's Python file, as they asked on the command line; a configuration cannot ask for it."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(f"vrpo_plugin_{file.stem}", file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise ConfigError(f"--plugin {file} is not a Python file: give the path of one that ends in .py.")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 @dataclass

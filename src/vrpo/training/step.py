@@ -109,6 +109,7 @@ class DenoisingStep(nn.Module):
             budget=budget,
             sample_weight=sample_weight,
             generator=draws.generator,
+            watch=self._watch,
         )
         taps = self._timed(self.objective.taps(batch))
         with torch.autocast(clean.device.type, self.dtype, enabled=self.dtype != torch.float32):

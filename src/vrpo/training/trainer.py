@@ -250,7 +250,7 @@ class Trainer:
             "skipped": int(optimizer.skipped.item()),
         }
         if self.parts.targets.encoders:
-            # What the encoders take, and what the objective takes besides, autograd's pass through it excluded.
+            # What the encoders take, and the objective besides, autograd's pass through its projector excluded.
             record["target_share"] = round(self._target_time.take() / elapsed, 5)
             record["objective_share"] = round(self._objective_time.take() / elapsed, 5)
         if "alignment" in logs:
