@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from variants import Variant
-
 from vrpo.report.curves import Interval, interval
 from vrpo.report.formats import score as print_score
 from vrpo.report.formats import with_interval
@@ -42,6 +41,7 @@ def run_record(folder: Path, variant: Variant, seed: int) -> dict[str, Any]:
             {
                 "measure": measure.label,
                 "metric": measure.metric,
+                "features": measure.protocol.features,
                 "value": curve.scores[-1],
                 "lower_is_better": measure.lower_is_better,
                 "protocol": json.loads(measure.protocol.key),
@@ -66,8 +66,8 @@ def summarise(records: Sequence[dict[str, Any]], baseline: str) -> dict[str, Any
     """
     names = dict.fromkeys([baseline, *(record["variant"] for record in records)])
     of = {name: [record for record in records if record["variant"] == name] for name in names}
-    labels = _labels(dict.fromkeys(_key(score) for record in records for score in record["scores"]))
-    lines = {_key(score): score["protocol_line"] for record in records for score in record["scores"]}
+    scored = [score for record in records for score in record["scores"]]
+    labels, lines = _labels(scored), {_key(score): score["protocol_line"] for score in scored}
     variants = []
     for name, own in of.items():
         if not own:
@@ -109,12 +109,18 @@ def _by_seed(records: Sequence[dict[str, Any]], key: Key) -> dict[int, float]:
     return {seed: value for seed, value in found.items() if math.isfinite(number(value))}
 
 
-def _labels(keys: Iterable[Key]) -> dict[Key, str]:
-    """Name each score by its measure, numbered where several protocols have the same."""
+def _labels(scores: Iterable[dict[str, Any]]) -> dict[Key, str]:
+    """Name each score by its measure; where several protocols have the same, by its network, then by a number."""
     labels: dict[Key, str] = {}
-    for key in keys:
-        same = sum(1 for other in labels if other[0] == key[0])
-        labels[key] = key[0] if not same else f"{key[0]} ({same + 1})"
+    for score in scores:
+        measure, features = score["measure"], score["features"]
+        if _key(score) in labels:
+            continue
+        label = f"{measure} ({features})" if measure in labels.values() and features else measure
+        count = 2
+        while label in labels.values():
+            label, count = f"{measure} ({count})", count + 1
+        labels[_key(score)] = label
     return labels
 
 

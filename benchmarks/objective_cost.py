@@ -18,7 +18,6 @@ import random
 import statistics
 import sys
 import time
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,11 +25,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import describe, slug
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from machine import describe, slug
+from memory import LiveBytes, storages
 from vrpo.alignment.build import build_objective
 from vrpo.config import RunConfig
 from vrpo.config_load import load_preset, merge, validate
@@ -102,42 +100,6 @@ CONTENDERS = {
     "repa online, 4 noisings": Contender("repa", "repa online", noisings=4, online=True),
     "vrpo analytic online, 4 noisings": Contender("vrpo", "repa online", noisings=4, online=True),
 }
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors made inside it and alive at one time; ``peak`` is the most there were.
-
-    Every storage counts once, from the operation that made it until it is freed. On a CPU this is what torch's
-    allocator hands out, but for buffers inside one operation, and unlike the process' resident memory it does not
-    depend on what was freed before.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        # A view or an operation in place gives a storage that it was given.
-        given = {storage._cdata for storage in _storages((args, kwargs))}
-        output = func(*args, **(kwargs or {}))
-        for storage in _storages(output):
-            key = storage._cdata
-            if key not in given and key not in self._sizes:
-                self._sizes[key] = storage.nbytes()
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._free, key)
-        return output
-
-    def _free(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
-
-
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 class Bench:
@@ -249,7 +211,7 @@ class Runner:
                 held += [*module.parameters(), *module.buffers()]
         for state in self.optimizer.adamw.state.values():
             held += [value for value in state.values() if isinstance(value, Tensor)]
-        return sum({storage._cdata: storage.nbytes() for storage in _storages(held)}.values())
+        return sum({storage._cdata: storage.nbytes() for storage in storages(held)}.values())
 
     def transient_bytes(self) -> int:
         """Return the most that one step holds beside that: activations, gradients, temporaries."""

@@ -20,10 +20,10 @@ def main(steps: int, encoder: str, weights: str | None) -> None:
     labels = torch.tensor(digits.target)
 
     model = DiTTransformer2DModel(
-        num_attention_heads=3,
+        num_attention_heads=2,
         attention_head_dim=32,
         in_channels=3,
-        num_layers=4,
+        num_layers=3,
         sample_size=32,
         patch_size=8,
         num_embeds_ada_norm=1000,
@@ -32,19 +32,19 @@ def main(steps: int, encoder: str, weights: str | None) -> None:
     aligner = Aligner(  # 1
         model,
         "transformer_blocks.1",
-        hidden_size=96,
+        hidden_size=64,
         tokens=16,
         encoders=load_encoder(encoder, weights=weights, grid=4),
-        budget=64 * steps,
-        objective=AlignConfig(objective="vrpo", projector_width=256),
+        budget=32 * steps,
+        objective=AlignConfig(objective="vrpo", projector_width=128),
     )
-    aligner.center(images[:256])  # for convolutional encoders, once
+    aligner.center(images[:256])  # for random and convolutional encoders, once
     optimizer = torch.optim.AdamW([*model.parameters(), *aligner.parameters()], 1e-3)
 
     for step in range(1, steps + 1):
-        rows = torch.randint(len(images), (64,))
+        rows = torch.randint(len(images), (32,))
         clean = images[rows] / 127.5 - 1
-        noise, t = torch.randn_like(clean), torch.randint(1000, (64,))
+        noise, t = torch.randn_like(clean), torch.randint(1000, (32,))
         with aligner.step(images[rows], t / 999, clean):  # 2
             output = model(scheduler.add_noise(clean, noise, t), t, labels[rows]).sample
         denoising = F.mse_loss(output, noise)
@@ -58,8 +58,8 @@ def main(steps: int, encoder: str, weights: str | None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--encoder", default="resnet10t", help="such as dinov2-vit-b")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--encoder", default="vit_tiny_patch16_224", help="such as dinov2-vit-b")
     parser.add_argument("--weights", default="random", help="a local file, or 'published'")
     given = parser.parse_args()
     main(given.steps, given.encoder, None if given.weights == "published" else given.weights)

@@ -22,7 +22,7 @@ class Teacher(nn.Module):
         self.map = nn.Sequential(nn.Conv2d(3, 64, 4, stride=4), nn.SiLU(), nn.Conv2d(64, 32, 3, padding=1))
         head, scale = nn.Linear(32, 10), 255.0
         optimizer = torch.optim.AdamW([*self.parameters(), *head.parameters()], 3e-3)
-        for _ in range(60):
+        for _ in range(40):
             F.cross_entropy(head(F.silu(self.map(images / scale)).mean((2, 3))), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -40,19 +40,19 @@ def main(steps: int) -> None:
     labels = torch.tensor(digits.target)
 
     model = DiffusionTransformer(
-        input_size=16, patch_size=4, in_channels=3, hidden_size=96, depth=4, num_heads=3, num_classes=10
+        input_size=16, patch_size=4, in_channels=3, hidden_size=64, depth=4, num_heads=2, num_classes=10
     )
-    teacher = Teacher(images[:512], labels[:512])
-    align = AlignConfig(objective="vrpo", projector_width=256)
+    teacher = Teacher(images[:256], labels[:256])
+    align = AlignConfig(objective="vrpo", projector_width=128)
     aligner = Aligner(
-        model, "blocks.1", hidden_size=96, tokens=16, encoders=teacher, budget=64 * steps, objective=align
+        model, "blocks.1", hidden_size=64, tokens=16, encoders=teacher, budget=32 * steps, objective=align
     )
     optimizer = torch.optim.AdamW([*model.parameters(), *aligner.parameters()], 1e-3)
 
     for step in range(1, steps + 1):
-        rows = torch.randint(len(images), (64,))
+        rows = torch.randint(len(images), (32,))
         clean = images[rows] / 127.5 - 1
-        noise, time = torch.randn_like(clean), torch.rand(64)
+        noise, time = torch.randn_like(clean), torch.rand(32)
         t = time[:, None, None, None]
         with aligner.step(images[rows], time, clean):
             velocity = model((1 - t) * clean + t * noise, time, labels[rows])

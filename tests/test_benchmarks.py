@@ -39,7 +39,7 @@ def load(name: str) -> ModuleType:
 
 def test_live_bytes_are_counted_storage_by_storage() -> None:
     given = torch.zeros(1000)
-    with load("objective_cost").LiveBytes() as live:
+    with load("memory").LiveBytes() as live:
         first = given + 1  # 4,000
         view = first[:10]
         given.add_(1)  # nothing new
@@ -55,7 +55,7 @@ def test_live_bytes_are_counted_storage_by_storage() -> None:
 def test_live_bytes_see_what_autograd_keeps_and_what_backward_makes() -> None:
     weight = torch.randn(64, 64, requires_grad=True)
     x = torch.randn(32, 64)
-    with load("objective_cost").LiveBytes() as live:
+    with load("memory").LiveBytes() as live:
         hidden = torch.sin(x @ weight)  # the product is kept for the backward pass, the sine is not
         loss = hidden.sum()
         del hidden
@@ -146,7 +146,7 @@ def test_variants_are_read_from_words() -> None:
 
 def record(variant: str, seed: int, value: float, protocol: str = "p") -> dict[str, Any]:
     costs = dict.fromkeys(load("comparison").COSTS, 1.0)
-    score = {"measure": "FD", "protocol": {"name": protocol}, "protocol_line": protocol, "value": value}
+    score = {"measure": "FD", "features": "", "protocol": {"name": protocol}, "protocol_line": protocol, "value": value}
     about = {"about": "", "objective": variant, "changes": {}}
     return {"variant": variant, "seed": seed, **about, **costs, "scores": [score]}
 
@@ -229,7 +229,7 @@ def test_objectives_writes_results(finished: Path) -> None:
 
 def test_objectives_repeated_starts_nothing(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     objectives = load("objectives")
-    monkeypatch.setattr(objectives.subprocess, "Popen", None)
+    monkeypatch.setattr(load("jobs").subprocess, "Popen", None)
     before = (finished / "summary.md").read_text()
     assert objectives.main(words_of(finished)) == 0
     assert (finished / "summary.md").read_text() == before
@@ -292,22 +292,22 @@ def unfinished_jobs(finished: Path, tmp_path: Path) -> list[Any]:
 def test_a_run_that_fails_does_not_stop_the_others(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    objectives = load("objectives")
-    monkeypatch.setattr(objectives.subprocess, "Popen", Process)
+    jobs = load("jobs")
+    monkeypatch.setattr(jobs.subprocess, "Popen", Process)
     monkeypatch.setattr(Process, "code", 2)
     said: list[str] = []
-    failed = objectives.execute(unfinished_jobs(finished, tmp_path), 1, 1, said.append)
+    failed = jobs.execute(unfinished_jobs(finished, tmp_path), 1, 1, said.append)
     assert failed == {"none seed 0": "vrpo: a reason.", "repa seed 0": "vrpo: a reason."}
     assert "2 runs, 0 of them done" in said[0]
 
 
 def test_interrupted_it_stops_its_processes(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    objectives = load("objectives")
-    monkeypatch.setattr(objectives.subprocess, "Popen", Process)
+    jobs = load("jobs")
+    monkeypatch.setattr(jobs.subprocess, "Popen", Process)
     monkeypatch.setattr(Process, "code", None)
-    monkeypatch.setattr(objectives.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(jobs.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        objectives.execute(unfinished_jobs(finished, tmp_path), 2, 2, lambda line: None)
+        jobs.execute(unfinished_jobs(finished, tmp_path), 2, 2, lambda line: None)
     assert Process.terminated == 2
 
 

@@ -216,7 +216,13 @@ class Trainer:
                 lambda: save_grid(self._sampler, self.run / "samples", self.images, self.parts.num_classes)
             )
             self._write(journal, "samples", **record)
-        if self._scorer is not None and train.evaluate_every and (last or self._due(train.evaluate_every)):
+        # An untrained network's samples are not worth their time.
+        if (
+            self._scorer is not None
+            and not first
+            and train.evaluate_every
+            and (last or self._due(train.evaluate_every))
+        ):
             self._write(journal, "evaluation", **self._pause(self._scorer))
 
     def _pause(self, work: Callable[[], Any]) -> Any:
