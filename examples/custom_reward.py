@@ -49,7 +49,7 @@ def main(images: int, folder: Path) -> None:
         "data": {"path": str(folder / "digits")},
         "encoder": {"weights": str(encoder)},
         "align": align,
-        "train": {"images": images, "log_every": max(64, images // 8), "device": "cpu"},
+        "train": {"images": images, "batch_size": 32, "lr": 2e-3, "log_every": max(32, images // 8)},
     }
     run = folder / "run"
     train(validate(merge(load_preset("demo-vrpo"), values), "the example"), run)
@@ -67,7 +67,7 @@ def _mean(by_time: list[float | None]) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=16_000)
+    parser.add_argument("--images", type=int, default=6_400)
     parser.add_argument("--out", type=Path, help="folder for data and run; a temporary one unless given")
     given = parser.parse_args()
     if given.out is not None:

@@ -59,7 +59,7 @@ def main(steps: int, encoder: str, weights: str | None) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--encoder", default="vit_tiny_patch16_224", help="such as dinov2-vit-b")
+    parser.add_argument("--encoder", default="test_vit", help="such as dinov2-vit-b")
     parser.add_argument("--weights", default="random", help="a local file, or 'published'")
     given = parser.parse_args()
     main(given.steps, given.encoder, None if given.weights == "published" else given.weights)

@@ -71,7 +71,11 @@ class ConvProjector(nn.Module):
 
     def jvp(self, h: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output at ``h`` and its derivative along ``tangent``, in closed form."""
-        return self._convolve(h, self.conv.bias), self._convolve(tangent, None)
+        return self._convolve(h, self.conv.bias), self.push(tangent)
+
+    def push(self, tangent: Tensor) -> Tensor:
+        """Return the derivative along ``tangent``, which is the same at every ``h``: the map is affine."""
+        return self._convolve(tangent, None)
 
     def _convolve(self, tokens: Tensor, bias: Tensor | None) -> Tensor:
         side = isqrt(tokens.shape[1])

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vrpo.alignment.projector import MLPProjector
+from vrpo.alignment.projector import ConvProjector, MLPProjector
 
 Pushforward = Callable[[Tensor], Tensor]
 
@@ -24,9 +24,9 @@ def linearize(projector: nn.Module, h: Tensor) -> tuple[Tensor, Pushforward]:
     The map runs without gradients, in the precision in which the projector ran: bfloat16 or wider, so that
     gradients of any magnitude are in range. It returns float32 or wider.
     """
-    if not isinstance(projector, MLPProjector):
-        seen = h.detach()
-        return projector(h), lambda g: projector.jvp(seen, g)[1]  # type: ignore[operator]
+    if isinstance(projector, ConvProjector):
+        return projector(h), torch.no_grad()(projector.push)
+    assert isinstance(projector, MLPProjector)
     kept: list[Tensor] = []
     layers = (projector.first, projector.second)
     hooks = [layer.register_forward_hook(lambda _m, _i, out: kept.append(out.detach())) for layer in layers]
