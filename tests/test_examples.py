@@ -51,30 +51,32 @@ def test_loops_learn_and_align(
 def test_custom_rewards_in_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    printed = numbers("custom_reward.py", ["--images", "768", "--out", str(tmp_path)], monkeypatch, capsys)
+    printed = numbers("custom_reward.py", ["--images", "1280", "--out", str(tmp_path)], monkeypatch, capsys)
     assert len(printed["images"]) == 8
     assert all(0 <= value <= 1 for value in printed["signs"])
     assert printed["signs"][-1] > printed["signs"][0]
     assert (tmp_path / "run" / "checkpoints").is_dir()
 
 
-class Patches:
-    """An encoder that gives fixed random tokens."""
+class Constant:
+    """An encoder that gives every patch one token, which a model can learn without knowing where it is."""
 
     width = 24
 
     def tokens(self, images: Tensor) -> Tensor:
-        return torch.randn(16, self.width, generator=torch.Generator().manual_seed(0)).expand(len(images), -1, -1)
+        token = torch.randn(self.width, generator=torch.Generator().manual_seed(0))
+        return token.expand(len(images), 16, -1)
 
 
 @pytest.mark.parametrize(("name", "mode"), [("signs", "sampled"), ("distinct", "sampled"), ("distinct", "analytic")])
 def test_a_custom_reward_alone_teaches(name: str, mode: str) -> None:
     runpy.run_path(str(EXAMPLES / "custom_reward.py"), run_name="example")
     off = dict.fromkeys(("semantic", "relational", "fidelity", "perceptual", "warmup", "trust"), 0.0)
-    settings = {"mode": mode, "gate": False, "rewards": {name: 1.0}, "random_directions": 4, "group": 16, **off}
+    # An old policy that keeps up: what is logged are its actions' rewards.
+    settings = {"mode": mode, "gate": False, "rewards": {name: 1.0}, "old_decay": 0.5, "group": 16, **off}
     align = AlignConfig.model_validate({"objective": "vrpo", "projector_width": 48, "vrpo": settings})
     model = nn.Sequential(nn.Unflatten(1, (16, 12)), nn.Linear(12, 32), nn.Linear(32, 12), nn.Flatten())
-    aligner = Aligner(model, "1", hidden_size=32, tokens=16, encoders=Patches(), budget=1000, objective=align)
+    aligner = Aligner(model, "1", hidden_size=32, tokens=16, encoders=Constant(), budget=1000, objective=align)
     optimizer = torch.optim.AdamW([*model.parameters(), *aligner.parameters()], 3e-3)
     means = []
     for _ in range(40):
@@ -87,7 +89,8 @@ def test_a_custom_reward_alone_teaches(name: str, mode: str) -> None:
         optimizer.zero_grad()
         aligner.update()
         means.append(aligner.logs()[f"reward_{name}"].nanmean().item())
-    assert sum(means[-5:]) / 5 > sum(means[:5]) / 5 + 0.1
+    assert means[0] < 0.6
+    assert means[-1] > 0.9
 
 
 def test_a_score_alone_is_refused_in_analytic_mode() -> None:
@@ -99,7 +102,7 @@ def test_a_score_alone_is_refused_in_analytic_mode() -> None:
             "0",
             hidden_size=32,
             tokens=16,
-            encoders=Patches(),
+            encoders=Constant(),
             budget=1000,
             objective=AlignConfig.model_validate(settings),
         )
