@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+
+# The tests' tensors are tiny: more threads only wait for each other. Set before torch starts, and for subprocesses.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent

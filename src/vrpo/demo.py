@@ -186,7 +186,9 @@ def _measure(base: RunConfig, objective: str) -> float:
             say=lambda sentence: None,
             display=lambda report: speeds.append(report.record["images_per_second"]),
         )
-        trainer.train()
+        result = trainer.train()
+    if result.signal is not None:
+        raise KeyboardInterrupt
     return speeds[-1]
 
 

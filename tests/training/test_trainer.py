@@ -20,7 +20,7 @@ from vrpo.alignment.objective import AlignmentBatch, Objective
 from vrpo.config_load import to_yaml
 from vrpo.data.prepare import prepare
 from vrpo.data.sources import ArraySource
-from vrpo.errors import CheckpointError, ConfigError
+from vrpo.errors import CheckpointError, ConfigError, EvaluationError
 from vrpo.models.taps import Taps
 from vrpo.training import trainer as trainer_module
 from vrpo.training.trainer import NonFiniteError, Trainer, TrainResult
@@ -65,7 +65,7 @@ def test_golden_curve(objective: str, make_config: Any, tmp_path: Path) -> None:
     assert losses(tmp_path / "run") == pytest.approx(GOLDEN[objective], rel=2e-4)
 
 
-def test_loss_falls_and_samples_resemble_the_data(make_config: Any, tmp_path: Path) -> None:
+def test_loss_falls(make_config: Any, tmp_path: Path) -> None:
     run(make_config(train={"images": 1600, "log_every": 160}), tmp_path / "run")
     curve = losses(tmp_path / "run")
     assert curve[-1] < 0.5 * curve[0]
@@ -100,8 +100,17 @@ def test_killed_run_resumes_to_the_same_weights(make_config: Any, tmp_path: Path
     assert steps == sorted(set(steps)), "telemetry repeats steps"
 
 
-def test_interrupt_writes_a_checkpoint_and_resumes(make_config: Any, tmp_path: Path) -> None:
-    config = make_config(train={"images": 160})
+@pytest.mark.parametrize(
+    "align",
+    [
+        {"objective": "none"},
+        {"objective": "vrpo"},
+        {"objective": "vrpo", "vrpo": {"mode": "sampled", "group": 4}},
+        {"objective": "haste"},
+    ],
+)
+def test_interrupt_writes_a_checkpoint_and_resumes(align: dict[str, Any], make_config: Any, tmp_path: Path) -> None:
+    config = make_config(align=align, train={"images": 160, "sample_every": 8})
     run(config, tmp_path / "whole")
 
     def interrupt(report: Any) -> None:
@@ -114,6 +123,8 @@ def test_interrupt_writes_a_checkpoint_and_resumes(make_config: Any, tmp_path: P
     assert result.images < 160
     assert run(config, tmp_path / "stopped", resume=True).status == "finished"
     assert_same(tmp_path / "whole", tmp_path / "stopped")
+    drawn = [record["images"] for record in records(tmp_path / "stopped", "samples")]
+    assert drawn == [record["images"] for record in records(tmp_path / "whole", "samples")], "one was lost at the stop"
 
 
 def test_observation_leaves_training_alone(make_config: Any, tmp_path: Path) -> None:
@@ -286,6 +297,56 @@ def test_damaged_checkpoint_is_passed_over(make_config: Any, tmp_path: Path) -> 
     Trainer(config, tmp_path / "run", resume=True, say=said.append).train()
     assert any("does not match its hash" in sentence for sentence in said)
     assert_same(tmp_path / "run", tmp_path / "whole")
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert f"damaged-{newest.name}" in names
+
+
+def test_good_checkpoints_outlive_damaged_ones(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(train={"checkpoint_every": 32, "keep_checkpoints": 2})
+    run(config, tmp_path / "run")
+    older, newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    (newest / "ema.safetensors").write_bytes(b"")
+    assert run(config, tmp_path / "run", resume=True).status == "finished"
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert kept == [older.name, newest.name]
+    assert Trainer(config, tmp_path / "run", resume=True, say=lambda s: None).step == 12
+
+
+def test_failing_evaluation_does_not_cost_what_was_trained(
+    make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(
+        train={"evaluate_every": 32},
+        evaluate={"features": "resnet10t", "weights": "random", "input_size": 32, "samples": 6},
+    )
+    trainer = Trainer(config, tmp_path / "run", say=lambda s: None)
+
+    def fail() -> dict[str, Any]:
+        raise EvaluationError("the features are not finite.")
+
+    trainer._scorer = fail
+    with pytest.raises(EvaluationError):
+        trainer.train()
+    monkeypatch.undo()
+    run(config, tmp_path / "run", resume=True)
+    run(make_config(), tmp_path / "whole")
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_means_of_a_failed_start_are_not_reused(make_config: Any, tmp_path: Path) -> None:
+    first = make_config(align={"objective": "repa"}, encoder={"center": True})
+    Trainer(first, tmp_path / "run", say=lambda s: None)
+    other = make_config(align={"objective": "repa"}, encoder={"center": True, "feature": 0, "input_size": 8})
+    again = Trainer(other, tmp_path / "run", say=lambda s: None)
+    fresh = Trainer(other, tmp_path / "fresh", say=lambda s: None)
+    assert torch.equal(again.parts.targets.means[0], fresh.parts.targets.means[0])  # type: ignore[arg-type]
+
+
+def test_budget_of_a_scheduled_objective_is_fixed(make_config: Any, tmp_path: Path) -> None:
+    run(make_config(align={"objective": "vrpo"}), tmp_path / "run")
+    longer = make_config(align={"objective": "vrpo"}, train={"images": 200})
+    with pytest.raises(ConfigError, match=r"would change train.images from 96 to 200"):
+        Trainer(longer, tmp_path / "run", resume=True)
 
 
 def test_full_disk_keeps_the_last_checkpoint(make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -335,6 +335,11 @@ def _configuration(objective: str | AlignConfig) -> AlignConfig:
             f"objective '{objective.objective}' reads queries and keys, which a hook on a block's output cannot see: "
             "train it with `vrpo train`, or choose vrpo."
         )
+    if objective.perceptual_image.kind != "none":
+        raise ConfigError(
+            "align.perceptual_image is a loss on the network's output, which Aligner does not see: add it to the loss "
+            "of your loop, or train with `vrpo train`."
+        )
     if objective.depth:
         raise ConfigError("align.depth is set, but Aligner is told its blocks by name: leave it empty.")
     return objective

@@ -35,6 +35,9 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """
     folder = run / "checkpoints"
     name = f"step-{checkpoint.state['step']:08d}"
+    target = folder / name
+    if target.is_dir():
+        return target  # of the same step, hence of the same state
     temporary = folder / f".{name}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -46,8 +49,6 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
             hashes[path.name] = sha256_file(path)
         write_text(temporary / "state.json", json.dumps({**checkpoint.state, "sha256": hashes}, indent=1))
         sync_folder(temporary)
-        target = folder / name
-        shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
         sync_folder(folder)
         write_text(folder / "latest", name)
@@ -57,7 +58,8 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
             f"the checkpoint at step {checkpoint.state['step']} could not be written to {folder} "
             f"({explain_os_error(error)}): earlier checkpoints are kept; make room and go on with --resume."
         ) from error
-    for old in find_checkpoints(run)[keep:]:
+    others = [path for path in find_checkpoints(run) if path != target]
+    for old in others[keep - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -90,15 +92,25 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def load_newest(run: Path) -> tuple[Checkpoint, list[str]] | None:
     """Read the newest checkpoint that verifies, and say why newer ones were passed over; None if there are none.
 
+    Those are renamed to ``damaged-step-N``, so that they neither count as kept nor stand in the way of a new one.
+
     Raises:
         CheckpointError: there are checkpoints, but none verifies.
     """
     complaints: list[str] = []
+    damaged: list[Path] = []
     for path in find_checkpoints(run):
         try:
-            return load_checkpoint(path), complaints
+            found = load_checkpoint(path)
         except CheckpointError as error:
             complaints.append(str(error))
+            damaged.append(path)
+            continue
+        for folder in damaged:
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        return found, complaints
     if complaints:
         raise CheckpointError(f"no checkpoint of {run} can be used; the newest: {complaints[0]}")
     return None

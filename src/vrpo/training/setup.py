@@ -34,9 +34,11 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"train.device '{name}' is not available here: use auto or cpu.") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events and streams are those of the current device
     return device
 
 
@@ -68,7 +70,7 @@ def check_config(config: RunConfig) -> None:
     """
     kind, size, _ = parse_model_name(config.model.name)
     check_depths("align.depth", config.align.depth, SIZES[size].depth)
-    check_sampler(kind, config.sample.sampler)
+    _check_sampling(kind, config)
     train = config.train
     if train.batch_size % train.noisings:
         nearest = max(1, round(train.batch_size / train.noisings)) * train.noisings
@@ -83,6 +85,24 @@ def check_config(config: RunConfig) -> None:
             f"train.micro_batch {micro} does not divide train.batch_size {train.batch_size} into whole groups of "
             f"noisings: use {closest}."
         )
+
+
+def _check_sampling(kind: str, config: RunConfig) -> None:
+    sample = config.sample
+    check_sampler(kind, sample.sampler)
+    low, high = sample.guidance_interval
+    if low > high:
+        raise ConfigError(f"sample.guidance_interval {low:g} {high:g} ends before it starts: write {high:g} {low:g}.")
+    if sample.sampler == "ddim" and 1000 % sample.steps:
+        closest = min((n for n in range(1, 1001) if 1000 % n == 0), key=lambda n: abs(n - sample.steps))
+        raise ConfigError(f"sample.steps {sample.steps} does not divide the 1,000 steps of ddim: use {closest}.")
+    if sample.guidance_scale != 1 and not config.data.conditional:
+        raise ConfigError(
+            f"sample.guidance_scale {sample.guidance_scale:g} needs classes, and data.conditional is false: use 1."
+        )
+    fewest = 4  # a third neighbour, for precision and recall
+    if config.evaluate.features is not None and config.evaluate.samples < fewest:
+        raise ConfigError(f"evaluate.samples {config.evaluate.samples} is too few to score: use at least {fewest}.")
 
 
 def open_data(path: Path | None, field: str) -> ShardedDataset:

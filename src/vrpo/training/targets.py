@@ -71,22 +71,19 @@ class Targets:
         """Channels C_e of each encoder."""
         return tuple(encoder.width for encoder in self.encoders)
 
-    @property
-    def cached(self) -> bool:
-        """Whether no encoder runs during training."""
-        return all(cache is not None for cache in self._caches)
-
-    def fit_means(self, dataset: ShardedDataset, file: Path) -> None:
-        """Compute the mean tokens from rows spread over the data, or read those that this run began with."""
+    def fit_means(self, dataset: ShardedDataset, file: Path, resumed: bool) -> None:
+        """Compute the mean tokens from rows spread over the data, or read those that a resumed run began with."""
         wanted = [index for index, centred in enumerate(self._centred) if centred]
         if not wanted:
             return
-        if file.is_file():
+        if resumed and file.is_file():
             stored = load_tensors(file)
         else:
             rows = np.unique(np.linspace(0, len(dataset) - 1, MEAN_IMAGES).astype(np.int64))
             stored = {f"mean.{index}": self._mean(index, dataset, rows) for index in wanted}
-            save_tensors(file, stored)
+            unfinished = file.with_name(f".{file.name}.tmp")
+            save_tensors(unfinished, stored)
+            unfinished.replace(file)
         for index in wanted:
             self.means[index] = stored[f"mean.{index}"].to(self.device)
 

@@ -70,6 +70,7 @@ class Journal:
         """Open the file for appending, dropping what an interrupted run wrote beyond ``images``."""
         self.path = path
         kept = []
+        self._last: dict[str, int] = {}
         if path.exists():
             for line in path.read_text("utf-8").splitlines():
                 try:
@@ -78,13 +79,19 @@ class Journal:
                     continue
                 if record["images"] <= images:
                     kept.append(line)
+                    self._last[record["kind"]] = record["images"]
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(line + "\n" for line in kept), "utf-8")
         os.replace(temporary, path)
         self._file = path.open("a", encoding="utf-8")
 
+    def has(self, kind: str, images: int) -> bool:
+        """Whether the newest record of this kind is of ``images`` images."""
+        return self._last.get(kind) == images
+
     def write(self, kind: str, **values: Any) -> None:
         """Append one record."""
+        self._last[kind] = values["images"]
         self._file.write(json.dumps({"kind": kind, **values}) + "\n")
         self._file.flush()
 
@@ -119,3 +126,40 @@ class Stopwatch:
         seconds = self._seconds + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
         self._seconds, self._events = 0.0, []
         return seconds
+
+
+class Window:
+    """Training time since the last record, pauses excluded."""
+
+    def __init__(self, images: int) -> None:
+        self.seconds, self.waited, self.images = 0.0, 0.0, images
+        self._since: float | None = None
+        self._fresh = True
+
+    def start(self, waited: float) -> None:
+        self._since = time.perf_counter()
+        if self._fresh:
+            self.waited, self._fresh = waited, False
+
+    def stop(self) -> float:
+        """Return the seconds since ``start``."""
+        elapsed = 0.0 if self._since is None else time.perf_counter() - self._since
+        self._since = None
+        self.seconds += elapsed
+        return elapsed
+
+    def reset(self, images: int) -> None:
+        self.seconds, self.images, self._fresh = 0.0, images, True
+
+
+def memory_mb(device: torch.device) -> float | None:
+    """Return in MB the device's peak since the last call, or what a CPU process holds now; None where unknown."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return round(peak / 2**20, 1)
+    try:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return None  # only Linux tells
+    return round(pages * 4096 / 2**20, 1)

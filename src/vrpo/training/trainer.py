@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from vrpo.config import RunConfig
 from vrpo.config_load import to_yaml
 from vrpo.data.loader import Batch, Loader
 from vrpo.data.transforms import to_float
-from vrpo.errors import CheckpointError, ConfigError
+from vrpo.errors import CheckpointError, ConfigError, DataError, EvaluationError
 from vrpo.files import load_into, write_text
 from vrpo.runs import flatten
 from vrpo.sampling import DTYPES, ImageSampler
@@ -28,15 +27,25 @@ from vrpo.training.optim import Optimizer
 from vrpo.training.setup import Parts, build_parts, facts
 from vrpo.training.step import DenoisingStep, draw_step
 from vrpo.training.stop import StopRequest
-from vrpo.training.telemetry import BinnedMean, Journal, Meter, Stopwatch, plain
+from vrpo.training.telemetry import BinnedMean, Journal, Meter, Stopwatch, Window, memory_mb, plain
 
 TIME_BINS = 10
 DEFAULT_LOG_STEPS = 50
 
-# What a resumed run may change: nothing that shapes the weights.
-FREE_KEYS = ("name", "train.images", "train.device", "train.compile", "train.keep_checkpoints", "data.prefetch")
+# What a resumed run may change: nothing that shapes the weights. The data itself is told by its fingerprint.
+FREE_KEYS = (
+    "name",
+    "data.path",
+    "data.validation",
+    "data.prefetch",
+    "train.device",
+    "train.compile",
+    "train.keep_checkpoints",
+)
 FREE_ENDINGS = ("_every",)
 FREE_SECTIONS = ("sample.", "evaluate.")
+# Objectives in which nothing depends on how long the run will be.
+TIMELESS = ("none", "repa", "irepa", "contrastive")
 
 
 class NonFiniteError(CheckpointError):
@@ -85,6 +94,7 @@ class Trainer:
         """
         self.run, self.say, self._display = run, say, display
         self._claim_folder(config, resume)
+        _say_what_is_idle(config, say)
         self.parts: Parts = build_parts(config, say, progress)
         self.config = config
         self.step, self.images, self.seconds = 0, 0, 0.0
@@ -97,7 +107,7 @@ class Trainer:
         run.mkdir(parents=True, exist_ok=True)
         write_text(run / "config.yaml", to_yaml(config))
         self._write_facts("running")
-        parts.targets.fit_means(parts.dataset, run / "target_means.safetensors")
+        parts.targets.fit_means(parts.dataset, run / "target_means.safetensors", resumed=self.step > 0)
         if train.compile:
             parts.trunk.compile_blocks()
         self.loader = Loader(
@@ -115,7 +125,7 @@ class Trainer:
             self._validate = Validation(config, parts.held_out, parts.denoising, parts.targets, depths, parts.device)
         self._scorer = self._build_scorer()
         self._meter, self._by_time = Meter(), BinnedMean(TIME_BINS, parts.device)
-        self._window = _Window()
+        self._window = Window(self.images)
         self._target_time, self._objective_time = Stopwatch(parts.device), Stopwatch(parts.device)
         self.module.stopwatch = self._objective_time
 
@@ -133,24 +143,28 @@ class Trainer:
         journal = Journal(self.run / "metrics.jsonl", self.images)
         self.parts.trunk.train()
         with StopRequest() as stop, closing(journal), closing(self.loader.batches(self.step, steps)) as batches:
-            if self.step == 0:
-                self._observe(journal, first=True)
-            self._window.start(self.loader.wait_seconds)
-            for batch in batches:
-                self._train_step(batch)
-                self.step += 1
-                self.images += train.batch_size
-                last = self.step == steps or stop.requested
-                if self._due(train.log_every or DEFAULT_LOG_STEPS * train.batch_size) or last:
-                    self._log(journal)
-                if last:
-                    break
-                self._observe(journal)
-                if self._due(train.checkpoint_every):
-                    self._pause(self.save)
-            finished = self.step >= steps
-            if finished:
-                self._observe(journal, last=True)
+            try:
+                # A run stopped at a step where something was due has not done it yet.
+                self._observe(journal, first=self.step == 0)
+                self._window.start(self.loader.wait_seconds)
+                for batch in batches:
+                    self._train_step(batch)
+                    self.step += 1
+                    self.images += train.batch_size
+                    last = self.step == steps or stop.requested
+                    if self._due(train.log_every or DEFAULT_LOG_STEPS * train.batch_size) or last:
+                        self._log(journal)
+                    if last:
+                        break
+                    self._observe(journal)
+                    if self._due(train.checkpoint_every):
+                        self._pause(self.save)
+                finished = self.step >= steps
+                if finished:
+                    self._observe(journal, last=True)
+            except (EvaluationError, ConfigError, DataError, OSError):
+                self.save()  # what went wrong beside training must not cost what was trained
+                raise
             self.save()
         status = "finished" if finished else "stopped"
         self._write_facts(status)
@@ -194,7 +208,7 @@ class Trainer:
             if output.alignment_loss is not None:
                 self._meter.add("alignment_loss", output.alignment_loss)
             self._by_time.add(output.denoising, output.unit_time)
-        norm = self.optimizer.step(self.images)
+        norm = self.optimizer.step(self.images + train.batch_size)
         parts.objective.update()
         self.ema.update(parts.trunk, self.step)
         self._meter.add("grad_norm", norm)
@@ -206,23 +220,23 @@ class Trainer:
         return every > 0 and self.images // every > (self.images - self.config.train.batch_size) // every
 
     def _observe(self, journal: Journal, first: bool = False, last: bool = False) -> None:
+        """Measure and draw what is due at this step and not in the journal yet."""
         train = self.config.train
-        if self._validate is not None and train.validate_every and (last or self._due(train.validate_every)):
+
+        def due(kind: str, every: int) -> bool:
+            return bool(every) and (first or last or self._due(every)) and not journal.has(kind, self.images)
+
+        if self._validate is not None and due("validation", train.validate_every):
             validate, parts = self._validate, self.parts
             record = self._pause(lambda: validate(self.ema.network, parts.trunk, parts.objective))
             self._write(journal, "validation", **record)
-        if train.sample_every and (first or last or self._due(train.sample_every)):
+        if due("samples", train.sample_every):
             record = self._pause(
                 lambda: save_grid(self._sampler, self.run / "samples", self.images, self.parts.num_classes)
             )
             self._write(journal, "samples", **record)
-        # An untrained network's samples are not worth their time.
-        if (
-            self._scorer is not None
-            and not first
-            and train.evaluate_every
-            and (last or self._due(train.evaluate_every))
-        ):
+        # An untrained network's samples are not worth scoring.
+        if self._scorer is not None and not first and due("evaluation", train.evaluate_every):
             self._write(journal, "evaluation", **self._pause(self._scorer))
 
     def _pause(self, work: Callable[[], Any]) -> Any:
@@ -231,6 +245,8 @@ class Trainer:
         self.seconds += self._window.stop()
         result = work()
         self._synchronise()
+        if self.parts.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.parts.device)  # the next record is about training again
         self._window.start(self.loader.wait_seconds)
         return result
 
@@ -252,7 +268,7 @@ class Trainer:
             "lr": optimizer.learning_rate(self.images),
             "images_per_second": round((self.images - window.images) / elapsed, 3),
             "data_wait": round((self.loader.wait_seconds - window.waited) / elapsed, 5),
-            "memory_mb": _peak_memory(self.parts.device),
+            "memory_mb": memory_mb(self.parts.device),
             "skipped": int(optimizer.skipped.item()),
         }
         if self.parts.targets.encoders:
@@ -318,6 +334,11 @@ class Trainer:
         load_into(self.parts.objective, checkpoint.tensors["objective"], where)
         self.optimizer.load_state(checkpoint.tensors["optimizer"])
         self.step, self.images, self.seconds = state["step"], state["images"], state["seconds"]
+        if self.images > self.config.train.images + self.config.train.batch_size:
+            raise ConfigError(
+                f"{self.run} has trained on {self.images:,} images already, more than train.images "
+                f"{self.config.train.images:,}: give a larger budget."
+            )
         self.say(f"Resumed {self.run} at {self.images:,} images (step {self.step}).")
 
     def _claim_folder(self, config: RunConfig, resume: bool) -> None:
@@ -334,9 +355,10 @@ class Trainer:
                 return  # it failed before its first step: nothing is lost by beginning again
             raise ConfigError(f"{self.run} holds a run already: go on with --resume, or choose another --out.")
         old = flatten(validate(load_file(file), str(file)).model_dump(mode="json"))
+        timeless = config.align.objective in TIMELESS and config.align.perceptual_image.kind == "none"
         new = flatten(config.model_dump(mode="json"))
         for key in sorted(set(old) | set(new)):
-            if old.get(key) != new.get(key) and not _is_free(key):
+            if old.get(key) != new.get(key) and not (_is_free(key) or (timeless and key == "train.images")):
                 raise ConfigError(
                     f"resuming {self.run} would change {key} from {old.get(key)} to {new.get(key)}: start a new run "
                     "with another --out, or leave it as it was."
@@ -358,30 +380,6 @@ class Trainer:
         return Scorer(self.config, self._sampler, reference, self.parts.num_classes, self.parts.device)
 
 
-class _Window:
-    """Training time since the last record, pauses excluded."""
-
-    def __init__(self) -> None:
-        self.seconds, self.waited, self.images = 0.0, 0.0, 0
-        self._since: float | None = None
-        self._fresh = True
-
-    def start(self, waited: float) -> None:
-        self._since = time.perf_counter()
-        if self._fresh:
-            self.waited, self._fresh = waited, False
-
-    def stop(self) -> float:
-        """Return the seconds since ``start``."""
-        elapsed = 0.0 if self._since is None else time.perf_counter() - self._since
-        self._since = None
-        self.seconds += elapsed
-        return elapsed
-
-    def reset(self, images: int) -> None:
-        self.seconds, self.images, self._fresh = 0.0, images, True
-
-
 def _is_free(key: str) -> bool:
     return key in FREE_KEYS or key.endswith(FREE_ENDINGS) or key.startswith(FREE_SECTIONS)
 
@@ -390,13 +388,12 @@ def _repeat(tensor: Tensor, times: int) -> Tensor:
     return tensor if times == 1 else tensor.repeat_interleave(times, dim=0)
 
 
-def _peak_memory(device: torch.device) -> float:
-    """Return the peak memory of the device, or of the process on a CPU, in MB."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    import resource
-
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+def _say_what_is_idle(config: RunConfig, say: Callable[[str], None]) -> None:
+    """Say which periodic work will not happen for want of something to do it with."""
+    if config.train.validate_every and config.data.validation is None:
+        say("No held-out loss will be measured: data.validation is not set.")
+    if config.train.evaluate_every and config.evaluate.features is None:
+        say("Samples will not be scored during training: evaluate.features is not set.")
 
 
 def train(config: RunConfig, run: Path, **options: Any) -> TrainResult:

@@ -70,19 +70,22 @@ class TokenCache:
         Raises:
             DataError: the disk refuses a part; the finished ones are kept.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for part in range(self.parts):
-            if part not in self._hashes:
-                try:
-                    self._hashes[part] = self._write_part(part, batch_size, progress)
-                    self._write_index()
-                except OSError as error:
-                    self._hashes.pop(part, None)
-                    raise DataError(
-                        f"The token cache {self.folder} could not be written ({error.strerror or error}): "
-                        f"it needs {self.bytes / 2**30:.2f} GiB in all; make room and run again, finished parts "
-                        "are kept."
-                    ) from error
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for part in range(self.parts):
+                if part not in self._hashes:
+                    digest = self._write_part(part, batch_size, progress)
+                    self._hashes[part] = digest
+                    try:
+                        self._write_index()
+                    except OSError:
+                        del self._hashes[part]
+                        raise
+        except OSError as error:
+            raise DataError(
+                f"The token cache {self.folder} could not be written ({error.strerror or error}): it needs "
+                f"{self.bytes / 2**30:.2f} GiB in all; make room and run again, finished parts are kept."
+            ) from error
         return self
 
     def read(self, indices: np.ndarray, flipped: np.ndarray | None = None) -> Tensor:

@@ -95,9 +95,10 @@ class Encoder(FeatureNetwork):
 
     @property
     def fingerprint(self) -> str:
-        """Text that changes whenever the tokens do: name, weights, input size, feature, grid."""
+        """Text that changes whenever the tokens do: name, weights, input size, feature, grid, precision."""
         return (
-            f"{self.name} weights={self.weights_hash} input={self.input_size} feature={self.feature} grid={self.grid}"
+            f"{self.name} weights={self.weights_hash} input={self.input_size} feature={self.feature} "
+            f"grid={self.grid} precision={str(self.dtype).removeprefix('torch.')}"
         )
 
     def tokens(self, images: Tensor) -> Tensor:

@@ -1,0 +1,52 @@
+"""The demo's own parts: the embedded digits, the split, and what it refuses. CI runs the demo itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vrpo.demo import HELD_OUT, digits, run_demo, split
+from vrpo.errors import ConfigError, DataError
+
+
+def test_digits_are_the_published_set() -> None:
+    source = digits()
+    assert len(source.entries) == 1797
+    assert source.class_names == tuple("0123456789")
+    labels = [entry.label for entry in source.entries]
+    assert labels[:10] == list(range(10))
+    with source.open(source.entries[0]) as stream:
+        pixels = np.asarray(Image.open(stream).convert("L"))
+    assert pixels.shape == (8, 8)
+    assert pixels[3, 3] < 40 < 200 < pixels[1, 3], "a nought is dark inside and bright on its ring"
+
+
+def test_split_is_a_partition_that_keeps_to_the_keys() -> None:
+    source = digits()
+    training, held_out = split(source, HELD_OUT)
+    keys = [{entry.key for entry in part.entries} for part in (training, held_out)]
+    assert not keys[0] & keys[1]
+    assert keys[0] | keys[1] == {entry.key for entry in source.entries}
+    # Four standard deviations of a binomial around one in eight.
+    assert abs(len(keys[1]) - 1797 / 8) < 4 * (1797 * 1 / 8 * 7 / 8) ** 0.5
+    assert [entry.key for entry in split(source, HELD_OUT)[1].entries] == [entry.key for entry in held_out.entries]
+
+
+def test_images_without_labels_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    for index in range(4):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "flat" / f"{index}.png")
+    with pytest.raises(DataError, match="have no labels, and the demo fits its encoder to labels"):
+        run_demo(tmp_path / "out", source=tmp_path / "flat", objectives=("none",))
+
+
+def test_wrong_options_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'repa'"):
+        run_demo(tmp_path / "out", objectives=("repaa",))
+    with pytest.raises(ConfigError, match="--minutes 0 is no time at all"):
+        run_demo(tmp_path / "out", minutes=0)
+    with pytest.raises(ConfigError, match="--size 30 is not a multiple of 16: use 32"):
+        run_demo(tmp_path / "out", size=30)
