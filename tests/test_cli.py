@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vrpo.cli import COMMANDS, main
+from vrpo.config_load import parser_words
 
 
 def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -44,7 +46,42 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
         ("data verfy x", "there is no command 'data verfy': did you mean 'verify'?"),
         ("prepare nowhere out --size 32", "there is no 'nowhere': name a folder or a zip archive of images."),
         ("prepare a b --size 32 --flp", "vrpo prepare has no option '--flp': did you mean '--flip'?"),
-        ("prepare a b --size big", "--size"),
+        ("prepare a b --size big", "--size cannot be 'big': it should be a valid integer"),
+        ("prepare a --size 3", "vrpo prepare needs SOURCE, OUT and --size: see `vrpo prepare --help`."),
+        ("prepare a b --size 0", "--size cannot be 0: it should be greater than or equal to 1."),
+        ("prepare . b --size 100000", "--size 100000 is more than can be prepared: give at most 4,096 pixels."),
+        ("prepare a b --size 8 --shard-mb 0", "--shard-mb cannot be 0"),
+        ("prepare a b --size 8 --workers 0", "--workers cannot be 0"),
+        ("sample r --out x --count 0", "vrpo sample: --count cannot be 0: it should be greater than 0."),
+        ("sample r --out x --count -3", "--count cannot be -3"),
+        ("sample r --out x --count 1.5", "--count cannot be '1.5': write a count such as 50000, 50k or 2M."),
+        ("sample r --out x --steps 0", "--steps cannot be 0"),
+        ("sample r --out x --batch-size 0", "--batch-size cannot be 0"),
+        ("sample r --out x --columns 0", "--columns cannot be 0"),
+        ("sample r --out x --seed -1", "--seed cannot be -1"),
+        ("sample r --out x --guidance-scale inf", "--guidance-scale cannot be inf: it should be a finite number."),
+        ("sample r --out x --guidance-interval 0", "--guidance-interval has too few values"),
+        ("sample r --out x --sampler euler", "--sampler cannot be 'euler': did you mean 'ode-euler'?"),
+        ("sample r --out x --setps 3", "vrpo sample has no option '--setps': did you mean '--steps'?"),
+        ("sample r --out", "--out has no value: give one."),
+        ("sample r s --out x", "vrpo sample did not expect 's'"),
+        ("sample r --out x.jpg", "--out x.jpg is neither a folder nor .png nor .npz"),
+        ("encoder fit d --out e --minutes 0", "--minutes cannot be 0"),
+        ("encoder fit d --out e --minutes nan", "--minutes cannot be nan: it should be a finite number."),
+        ("encoder fit d --out e --width 0", "--width cannot be 0"),
+        ("encoder fit d --out e --grid 0", "--grid cannot be 0"),
+        ("encoder fit d --out .", "--out . is a folder: give the name of a file in it."),
+        ("evaluate . --reference r --features f --samples 1", "--samples cannot be 1"),
+        ("evaluate . --reference r --features f --metrics", "--metrics has no value: give at least one."),
+        ("evaluate . --reference nowhere --features f", "there is nothing at --reference nowhere"),
+        ("demo --objectives", "--objectives has no value: give at least one."),
+        ("demo --minutes inf", "--minutes cannot be inf"),
+        ("train --resum", "there is no option '--resum': did you mean '--resume'?"),
+        ("train --otu x", "there is no option '--otu': did you mean '--out'?"),
+        ("train --train.images inf", "train.images cannot be 'inf': write a count"),
+        ("train --train.images 1.5", "train.images cannot be '1.5': write a count"),
+        ("train --train.lr", "train.lr has no value"),
+        ("compare . --out .", "--out . is a folder: give the name of a file in it."),
         ("train --preset cifar", "there is no preset 'cifar'"),
         ("train --data nowhere", "nowhere"),
         ("train", "data.path is not set: give a folder made by `vrpo prepare SOURCE OUT --size N`."),
@@ -63,6 +100,111 @@ def test_mistakes_are_one_sentence(words: str, sentence: str, capsys: pytest.Cap
     assert sentence in err
     assert len(err.strip().splitlines()) == 1
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("columns", ["20", "200"])
+def test_sentences_hold_no_frame_and_no_path_of_the_program(
+    columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Complaints of the parser itself, whatever the terminal's width or encoding."""
+    monkeypatch.setenv("COLUMNS", columns)
+    for words in ("sample", "evaluate x", "train --config --preset p", "train --train.batch-size x"):
+        _, _, err = run(words.split(), capsys)
+        assert "---" not in err
+        assert not set(err) & set("╭╮╰╯│─")
+        assert sys.argv[0] not in err
+    framed = parser_words(
+        "╭─ Value error ─╮\n│ Bad --out, a  │\n│ word.  │\n│ ───── │\n│ For full helptext, see /x │\n"
+    )
+    plain = parser_words(" Value error\n ------\n  Bad --out, a\n  word.\n  ------\n  For full helptext, see /x\n")
+    assert framed == plain == "Bad --out, a word"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("evaluate run --reference run --features f --out file/e.json", "lies inside file, which is a file"),
+        ("evaluate run --reference run --features f --out run", "--out run is a folder"),
+        ("sample run --out file", "--out file is a file"),
+        ("sample run --out file/images", "lies inside file, which is a file"),
+        ("sample run --out file/deep/grid.png", "lies inside file, which is a file"),
+        ("sample run --out images.jpg", "neither a folder nor .png nor .npz"),
+        ("evaluate run --reference run --features f --samples 3", "--samples 3 is too few"),
+        ("evaluate run --reference empty --features f --samples 8", "is empty: give a folder or zip"),
+    ],
+)
+def test_nothing_is_drawn_before_all_is_checked(
+    words: str,
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Undrawn:
+        def __init__(self, *_: object) -> None: ...
+
+        def draw(self, *_: object) -> None:
+            raise AssertionError("images were drawn first")
+
+    monkeypatch.setattr("vrpo.sampling.RunSampler", Undrawn)
+    monkeypatch.setattr("vrpo.vision.encoders.load_feature_network", lambda *_, **__: Pooled())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    (tmp_path / "file").touch()
+    code, _, err = run(words.split(), capsys)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert sentence in err
+
+
+class Pooled:
+    """A feature network in name only."""
+
+    name, family, weights_hash, input_size = "pooled", "test", "0", 8
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "there"), "there: is a directory: give the name of a file"),
+        (OSError(errno.ENOSPC, "No space left on device"), "no space is left on the device: free some space"),
+        (PermissionError(errno.EACCES, "Permission denied", "there"), "there: permission denied: give a path that"),
+        (OSError("a library's\nown words."), "a library's own words: correct that and run the command again."),
+    ],
+)
+def test_errors_of_the_system_are_sentences(
+    error: OSError, sentence: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("vrpo.commands.training.presets", fail)
+    code, _, err = run(["presets"], capsys)
+    assert code == 2
+    assert err.startswith("vrpo: ")
+    assert sentence in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "remedy"),
+    [
+        ("prepare", "data.prepare", "run the same command again to go on."),
+        ("train", "training.train", "go on from the newest checkpoint by adding --resume."),
+        ("sample", "images.sample", "run the command again to start over."),
+        ("encoder fit", "data.encoder_fit", "run the command again to start over."),
+    ],
+)
+def test_interruption_says_how_to_go_on(
+    name: str, function: str, remedy: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(words: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"vrpo.commands.{function}", interrupt)
+    code, _, err = run(name.split(), capsys)
+    assert (code, err) == (130, f"vrpo: interrupted; {remedy}\n")
 
 
 def test_python_minus_m() -> None:
@@ -100,6 +242,13 @@ def test_from_images_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
         judge = ["--reference", data, "--features", encoder, "--samples", "16", "--metrics", "fd", "kid"]
         code, out, _ = run(["evaluate", str(tmp_path / objective), *judge], capsys)
         assert (code, "Protocol: 16 samples" in out) == (0, True)
+    files = tmp_path / "repa" / "evaluations"
+    for change in ([], ["--samples", "12"], ["--seed", "1"], ["--metrics", "fd"], ["--weights", "raw"]):
+        before = set(files.iterdir())
+        assert run(["evaluate", str(tmp_path / "repa"), *judge, *change], capsys)[0] == 0
+        new = set(files.iterdir()) - before
+        assert len(new) == bool(change), "another protocol keeps the earlier file, the same one renews it"
+        assert all(":" not in file.name and file.name.startswith("step-00000008-vrpo-conv-") for file in new)
     for target in ("grid.png", "images.npz", "folder"):
         words = ["sample", str(tmp_path / "repa"), "--out", str(tmp_path / target), "--count", "5"]
         assert run(words, capsys)[0] == 0
@@ -132,3 +281,29 @@ def test_plugin_registers_a_reward_and_a_missing_one_is_a_sentence(
     code, _, err = run(["train", "--plugin", "absent.py", "--data", "x"], capsys)
     assert code == 2
     assert "--plugin absent.py is not a Python file" in err
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("import nothing_of_this_name", "failed (ModuleNotFoundError: No module named 'nothing_of_this_name')"),
+        ("def broken(:", "failed (SyntaxError: "),
+        ("1 / 0", "failed (ZeroDivisionError: division by zero): correct that file."),
+    ],
+)
+def test_plugin_that_fails_is_a_sentence(
+    code: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(code)
+    status, _, err = run(["train", "--plugin", str(plugin)], capsys)
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert sentence in err
+
+
+def test_plugin_may_define_dataclasses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    b: int = 1\n"
+    )
+    assert "data.path is not set" in run(["train", "--plugin", str(plugin)], capsys)[2]

@@ -26,7 +26,17 @@ from vrpo.training.setup import check_config
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("512", 512), ("2M", 2_000_000), ("1.5k", 1500), ("50_000", 50_000), ("3m", 3_000_000), (7, 7)]
+    ("text", "count"),
+    [
+        ("512", 512),
+        ("2M", 2_000_000),
+        ("1.5k", 1500),
+        ("50_000", 50_000),
+        ("3m", 3_000_000),
+        ("2.3M", 2_300_000),
+        ("1e6", 10**6),
+        (7, 7),
+    ],
 )
 def test_counts(text: Any, count: int) -> None:
     assert parse_count(text) == count
@@ -77,6 +87,16 @@ def test_written_configuration_reads_back_to_the_same(tmp_path: Path) -> None:
         ("--train.images lots", "write a count such as 50000, 50k or 2M."),
         ("--train.lr quick", "train.lr cannot be 'quick': it should be a valid number"),
         ("--train.images 0", "train.images cannot be 0: it should be greater than 0."),
+        ("--train.images 1.5", "train.images cannot be '1.5': write a count such as 50000, 50k or 2M."),
+        ("--train.images inf", "train.images cannot be 'inf': write a count"),
+        ("--train.images 1e999999999", "write a count"),
+        ("--train.lr inf", "train.lr cannot be 'inf': it should be a finite number."),
+        ("--align.vrpo.semantic nan", "it should be a finite number."),
+        ("--train.betas 1.5 2", "train.betas.0 cannot be '1.5': it should be less than 1."),
+        ("--train.betas 0.9", "train.betas"),
+        ("--train.lr --train.ema 0.5", "train.lr has no value: give at least one."),
+        ("--evaluate.metrics", "evaluate.metrics has no value: give at least one."),
+        ("--seed -1", "seed cannot be '-1'"),
         ("2M", "'2M' was not expected: overrides are written --section.key value"),
     ],
 )
@@ -112,6 +132,40 @@ def test_file_that_is_no_configuration(tmp_path: Path) -> None:
     file.write_text("- a\n- b\n")
     with pytest.raises(ConfigError, match="holds no configuration"):
         load_file(file)
+
+
+def test_own_options_of_a_command_are_suggested() -> None:
+    with pytest.raises(ConfigError, match="there is no option '--resum': did you mean '--resume'"):
+        build_config({}, ["--resum=1"], other_options=["--resume"])
+
+
+def test_every_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration written into a run's folder is valid from any other folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit" / "config.json").touch()
+    (tmp_path / "vgg").mkdir()
+    values = {
+        "data": {"path": "data", "validation": "~/held-out"},
+        "encoder": {"name": "transformers:vit", "weights": "e.safetensors"},
+        "more_encoders": [{"name": "vit", "weights": "random"}, {"name": "transformers:org/vit", "weights": "~/e"}],
+        "align": {
+            "perceptual_image": {"kind": "lpips", "network": "vgg", "network_weights": "n.pt", "linear_weights": "l.pt"}
+        },
+        "evaluate": {"features": "vit", "weights": "f.safetensors"},
+    }
+    config = validate(values, "the test").with_absolute_paths()
+    here = str(tmp_path)
+    assert (config.data.path, config.data.validation) == (tmp_path / "data", tmp_path / "home" / "held-out")
+    assert (config.encoder.name, config.encoder.weights) == (f"transformers:{here}/vit", f"{here}/e.safetensors")
+    found = [(encoder.name, encoder.weights) for encoder in config.more_encoders]
+    assert found == [(f"{here}/vit", "random"), ("transformers:org/vit", f"{here}/home/e")]
+    image = config.align.perceptual_image
+    assert (image.network, image.network_weights, image.linear_weights) == ("vgg", f"{here}/n.pt", f"{here}/l.pt")
+    assert (config.evaluate.features, config.evaluate.weights) == (f"{here}/vit", f"{here}/f.safetensors")
+    assert config.with_absolute_paths() == config
+    assert RunConfig().with_absolute_paths() == RunConfig()
 
 
 def test_unknown_preset_names_the_nearest() -> None:

@@ -13,7 +13,7 @@ from vrpo.config import RunConfig
 from vrpo.config_load import validate
 from vrpo.errors import ConfigError
 from vrpo.models.transformer import DiffusionTransformer, build_transformer
-from vrpo.sampling import ImageSampler, grid_image, sample_labels, write_images
+from vrpo.sampling import ImageSampler, grid_image, image_format, sample_labels, write_images
 
 
 def network(kind: str = "SiT", num_classes: int = 4) -> DiffusionTransformer:
@@ -87,4 +87,13 @@ def test_grid_and_files_hold_the_pixels(tmp_path: Path) -> None:
     write_images(images, None, tmp_path / "folder", 2)
     assert (np.asarray(Image.open(tmp_path / "folder" / "000004.png")) == images[4].permute(1, 2, 0).numpy()).all()
     with pytest.raises(ConfigError, match="neither a folder nor"):
-        write_images(images, None, tmp_path / "images.jpg", 2)
+        write_images(images, None, tmp_path / "deep" / "images.jpg", 2)
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("grid.png", "png"), ("images.npz", "npz"), ("new", "folder"), ("there.v2", "folder")]
+)
+def test_path_decides_the_format(name: str, kind: str, tmp_path: Path) -> None:
+    (tmp_path / "there.v2").mkdir()
+    assert image_format(tmp_path / name) == kind

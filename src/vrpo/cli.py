@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -25,6 +26,25 @@ COMMANDS = {
     "compare": ("images.compare", "Compare runs in one HTML report."),
 }
 
+# How to go on after an interruption, where the work done is not lost.
+CONTINUE = {
+    "prepare": "run the same command again to go on.",
+    "train": "go on from the newest checkpoint by adding --resume.",
+}
+
+# What to do about an error of the operating system, by its number.
+REMEDIES = {
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a part of the path is a file, so give another path",
+    errno.EEXIST: "a file stands where a folder is needed, so give another path",
+    errno.EISDIR: "give the name of a file in it",
+    errno.EACCES: "give a path that you may use, or change its permissions",
+    errno.EPERM: "give a path that you may use, or change its permissions",
+    errno.EROFS: "give a path that can be written",
+    errno.ENOSPC: "free some space and run the command again",
+    errno.EDQUOT: "free some space and run the command again",
+}
+
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code: 0 done, 2 a user error told in one sentence, 130 interrupted."""
@@ -35,13 +55,26 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"vrpo: {error}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
-        print("vrpo: interrupted; run the same command again to go on.", file=sys.stderr)
+        remedy = CONTINUE.get(words[0] if words else "", "run the command again to start over.")
+        print(f"vrpo: interrupted; {remedy}", file=sys.stderr)
         code = INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has left; closing keeps Python from complaining at exit.
         sys.stderr.close()
         code = 0
+    except OSError as error:
+        print(f"vrpo: {_os_sentence(error)}", file=sys.stderr)
+        code = VrpoError.exit_code
     sys.exit(code)
+
+
+def _os_sentence(error: OSError) -> str:
+    from vrpo.files import explain_os_error
+
+    where = "" if error.filename is None else f"{error.filename}: "
+    remedy = REMEDIES.get(error.errno or 0, "correct that and run the command again")
+    reason = " ".join(explain_os_error(error).split()).rstrip(".")
+    return f"{where}{reason[:1].lower()}{reason[1:]}: {remedy}."
 
 
 def _dispatch(words: list[str]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,16 +14,23 @@ _SUFFIXES = {"k": 1_000, "M": 1_000_000, "B": 1_000_000_000}
 
 
 def parse_count(value: Any) -> Any:
-    """Read a count such as 512, "2M" or "1.5k"; other types are left for pydantic to refuse."""
+    """Read a count such as 512, "2M" or "1.5k"; other types are left for pydantic to refuse.
+
+    Raises:
+        ValueError: text that is no whole number.
+    """
     if isinstance(value, str):
         text = value.strip().replace("_", "").replace(",", "")
         scale = _SUFFIXES.get(text[-1:], _SUFFIXES.get(text[-1:].upper(), 1) if text[-1:] in "mb" else 1)
         digits = text[:-1] if scale != 1 else text
         try:
-            number = float(digits) * scale
+            # A float first: it bounds what an exponent can ask of the exact fraction.
+            number = Fraction(digits) * scale if math.isfinite(float(digits)) else None
         except ValueError:
-            raise ValueError("write a count such as 50000, 50k or 2M") from None
-        return int(number) if number.is_integer() else number
+            number = None
+        if number is None or number.denominator != 1:
+            raise ValueError("write a count such as 50000, 50k or 2M")
+        return number.numerator
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value
@@ -32,7 +41,7 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _count_from_words(words: list[str]) -> int:
-    return int(parse_count(words[0]))
+    return parse_count(words[0])
 
 
 Count = Annotated[
@@ -47,12 +56,17 @@ Count = Annotated[
         str_from_instance=lambda value: [str(value)],
     ),
 ]
+Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Moment = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
     """Base of every part of the tree."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class DataConfig(Section):
@@ -193,7 +207,7 @@ class TrainConfig(Section):
     noisings: int = Field(1, ge=1, description="Noise levels drawn for each image of the batch.")
     lr: float = Field(1e-4, gt=0, description="AdamW learning rate.")
     lr_warmup: Count = Field(0, description="Images over which the learning rate rises from zero.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW moments.")
+    betas: tuple[Moment, Moment] = Field((0.9, 0.999), description="AdamW moments.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     clip: float = Field(1.0, ge=0, description="Gradient norm limit; 0: none.")
     ema: float = Field(0.9999, ge=0, lt=1, description="Decay of the averaged weights, warmed up.")
@@ -232,7 +246,7 @@ class EvaluateConfig(Section):
     samples: Count = Field(2_000, gt=1, description="Samples drawn.")
     labels: Literal["balanced", "random"] = Field("balanced", description="Class labels of the samples.")
     metrics: tuple[Literal["fd", "kid", "precision", "recall"], ...] = Field(
-        ("fd", "kid", "precision", "recall"), description="What is computed."
+        ("fd", "kid", "precision", "recall"), min_length=1, description="What is computed."
     )
 
 
@@ -240,7 +254,7 @@ class RunConfig(Section):
     """A run, whole."""
 
     name: str = Field("run", description="Name shown in reports.")
-    seed: int = Field(0, ge=0, description="Seed of order, noise, times, labels and initial weights.")
+    seed: Seed = Field(0, description="Seed of order, noise, times, labels and initial weights.")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -257,9 +271,49 @@ class RunConfig(Section):
         return () if self.align.objective == "none" else (self.encoder, *self.more_encoders)
 
     def with_absolute_paths(self) -> RunConfig:
-        """Return the same configuration with the data's folders as absolute paths, valid from anywhere."""
-        paths = {
-            name: None if path is None else path.expanduser().absolute()
-            for name, path in (("path", self.data.path), ("validation", self.data.validation))
+        """Return the same configuration with every folder and file as an absolute path, valid from anywhere."""
+        data, evaluate, image = self.data, self.evaluate, self.align.perceptual_image
+        image_paths = {
+            "network_weights": _absolute_weights(image.network_weights),
+            "linear_weights": _absolute_weights(image.linear_weights),
+            "network": _absolute_network(image.network) if image.kind == "encoder" else image.network,
         }
-        return self.model_copy(update={"data": self.data.model_copy(update=paths)})
+        align = self.align.model_copy(update={"perceptual_image": image.model_copy(update=image_paths)})
+        return self.model_copy(
+            update={
+                "data": data.model_copy(
+                    update={
+                        "path": data.path and data.path.expanduser().absolute(),
+                        "validation": data.validation and data.validation.expanduser().absolute(),
+                    }
+                ),
+                "encoder": _absolute_encoder(self.encoder),
+                "more_encoders": tuple(_absolute_encoder(encoder) for encoder in self.more_encoders),
+                "align": align,
+                "evaluate": evaluate.model_copy(
+                    update={
+                        "features": _absolute_network(evaluate.features),
+                        "weights": _absolute_weights(evaluate.weights),
+                    }
+                ),
+            }
+        )
+
+
+def _absolute_encoder(encoder: EncoderConfig) -> EncoderConfig:
+    paths = {"name": _absolute_network(encoder.name), "weights": _absolute_weights(encoder.weights)}
+    return encoder.model_copy(update=paths)
+
+
+def _absolute_weights(weights: str | None) -> str | None:
+    return weights if weights in (None, "random") else str(Path(weights).expanduser().absolute())
+
+
+def _absolute_network(name: str | None) -> str | None:
+    """Make a network's name absolute where it is a folder of the transformers library; other names stay."""
+    if name is None:
+        return None
+    prefix = "transformers:" if name.startswith("transformers:") else ""
+    folder = Path(name.removeprefix(prefix)).expanduser()
+    is_folder = folder.is_dir() if prefix else (folder / "config.json").is_file()
+    return f"{prefix}{folder.absolute()}" if is_folder else name

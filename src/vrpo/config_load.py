@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -67,9 +68,7 @@ def load_file(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
-        raise ConfigError(
-            f"{path} is not valid YAML{line}: correct it or start from `vrpo presets show NAME`."
-        ) from error
+        raise ConfigError(f"{path} is not valid YAML{line}: correct it or start from `vrpo presets NAME`.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no configuration: expected sections such as 'train:' and 'align:'.")
     return values
@@ -93,11 +92,18 @@ def validate(values: Mapping[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_sentence(error)}") from error
+        raise ConfigError(f"{where}: {explain(error)}") from error
 
 
-def build_config(values: Mapping[str, Any], words: Sequence[str], where: str = "the configuration") -> RunConfig:
+def build_config(
+    values: Mapping[str, Any],
+    words: Sequence[str],
+    where: str = "the configuration",
+    other_options: Iterable[str] = (),
+) -> RunConfig:
     """Return ``values`` with the overrides of the command line, such as ``--align.weight 0.3``, over them.
+
+    ``other_options`` are the command's own, which a mistyped override may mean.
 
     Raises:
         ConfigError: a key or a value that is wrong, with the nearest valid choice.
@@ -112,6 +118,7 @@ def build_config(values: Mapping[str, Any], words: Sequence[str], where: str = "
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             config, unknown = tyro.cli(
                 RunConfig,
+                prog="vrpo train",
                 default=base,
                 args=list(words),
                 return_unknown_args=True,
@@ -120,10 +127,9 @@ def build_config(values: Mapping[str, Any], words: Sequence[str], where: str = "
             )
     except SystemExit as stop:
         validate(merge(values, _as_values(words)), "the command line")
-        said = " ".join(line.strip("╭╮╰╯│─ ") for line in output.getvalue().splitlines()).strip()
-        raise ConfigError(f"the command line: {said}") from stop
+        raise ConfigError(f"the command line: {parser_words(output.getvalue())}: see `vrpo train --help`.") from stop
     if unknown:
-        raise ConfigError(_unknown_word(unknown[0]))
+        raise ConfigError(_unknown_word(unknown[0], other_options))
     return config
 
 
@@ -141,10 +147,11 @@ def _leaves(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterable[tu
             yield (*prefix, name)
 
 
-def _unknown_word(word: str) -> str:
+def _unknown_word(word: str, other_options: Iterable[str]) -> str:
     if not word.startswith("--"):
         return f"'{word}' was not expected: overrides are written --section.key value, for example --train.images 2M."
-    return f"there is no option '{word}': {nearest(word.replace('_', '-'), option_names())}"
+    name = word.partition("=")[0]
+    return f"there is no option '{name}': {nearest(name.replace('_', '-'), [*other_options, *option_names()])}"
 
 
 def _as_values(words: Sequence[str]) -> dict[str, Any]:
@@ -172,15 +179,29 @@ def _as_values(words: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def _sentence(error: ValidationError) -> str:
-    """Put pydantic's first complaint into one sentence."""
+def parser_words(printed: str) -> str:
+    """Return what tyro printed without its title, boxes, help texts and hints."""
+    lines = [line.strip("╭╮╰╯│─+| ") for line in printed.splitlines()[1:]]
+    lines = [line for line in lines if line.strip("- ")]
+    ends = ("Argument helptext", "For full helptext", "Got errors")
+    return " ".join(itertools.takewhile(lambda line: not line.startswith(ends), lines)).rstrip(".:")
+
+
+def explain(error: ValidationError, key: str | None = None) -> str:
+    """Put pydantic's first complaint into one sentence about ``key`` (default: the key of a configuration)."""
     first = error.errors(include_url=False)[0]
     location = [str(part) for part in first["loc"]]
-    key = ".".join(part for part in location if part not in ("float", "int", "str") and not part.startswith("dict["))
+    if key is None:
+        parts = (part for part in location if part not in ("float", "int", "str") and not part.startswith("dict["))
+        key = ".".join(parts)
     if first["type"] == "extra_forbidden":
         section = _model_at(location[:-1])
         return f"there is no key '{key}': {nearest(location[-1], section.model_fields)}"
     given = first.get("input")
+    if given in ([], ()):
+        return f"{key} has no value: give at least one."
+    if first["type"] == "missing":
+        return f"{key} has too few values: it was given {', '.join(map(str, given))}."
     if first["type"] == "literal_error":
         choices = [part.strip(" '") for part in first["ctx"]["expected"].replace(" or ", ",").split(",")]
         return f"{key} cannot be '{given}': {nearest(given, choices)}"

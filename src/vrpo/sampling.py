@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from vrpo.config import DiffusionConfig, RunConfig, SampleConfig
-from vrpo.config_load import validate
+from vrpo.config_load import explain, validate
 from vrpo.data.transforms import to_uint8
 from vrpo.diffusion.losses import Denoising, FlowMatching, NoisePrediction
 from vrpo.diffusion.noise import SampleNoise
@@ -182,7 +183,10 @@ class RunSampler:
         self.loaded = load_run(run, weights, device)
         self.weights = weights
         config = self.loaded.config
-        merged = SampleConfig.model_validate({**config.sample.model_dump(), **settings})
+        try:
+            merged = SampleConfig.model_validate({**config.sample.model_dump(), **settings})
+        except ValidationError as error:
+            raise ConfigError(f"sample.{explain(error)}") from error
         self.sampler = ImageSampler(self.loaded.network, config, device=device, settings=merged)
 
     def draw(
@@ -208,19 +212,29 @@ class RunSampler:
         }
 
 
+def image_format(out: Path) -> Literal["png", "npz", "folder"]:
+    """Return what ``write_images`` makes of a path.
+
+    Raises:
+        ConfigError: a file of another kind.
+    """
+    if out.suffix in ("", ".png", ".npz") or out.is_dir():
+        return {".png": "png", ".npz": "npz"}.get(out.suffix, "folder")  # type: ignore[return-value]
+    raise ConfigError(f"--out {out} is neither a folder nor .png nor .npz: choose one of the three.")
+
+
 def write_images(images: Tensor, labels: Tensor | None, out: Path, columns: int) -> None:
     """Write uint8 images (B, 3, H, W) as a PNG grid, an ADM npz (``arr_0`` NHWC, ``arr_1`` labels) or a PNG folder."""
     from PIL import Image
 
+    kind = image_format(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     pixels = images.permute(0, 2, 3, 1).numpy()
-    if out.suffix == ".png":
+    if kind == "png":
         Image.fromarray(grid_image(images, columns)).save(out)
-    elif out.suffix == ".npz":
+    elif kind == "npz":
         arrays = {"arr_0": pixels} if labels is None else {"arr_0": pixels, "arr_1": labels.numpy()}
         np.savez(out, **arrays)  # type: ignore[arg-type]
-    elif out.suffix:
-        raise ConfigError(f"--out {out} is neither a folder nor .png nor .npz: choose one of the three.")
     else:
         out.mkdir(exist_ok=True)
         for index, image in enumerate(pixels):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from tyro.conf import Positional
 
+from vrpo.commands.outputs import check_output
 from vrpo.commands.parse import parse
-from vrpo.config import Count
+from vrpo.config import Count, Positive, Seed
 
 
 @dataclass
@@ -20,17 +22,17 @@ class Prepare:
     """Folder or zip of images."""
     out: Positional[Path]
     """Folder to write."""
-    size: int
+    size: Positive
     """Side in pixels after the centre crop."""
     flip: bool = False
     """Mirror at random in training."""
     on_bad_image: Literal["skip", "fail"] = "skip"
     """What to do with a file that cannot be read."""
-    workers: int | None = None
+    workers: Positive | None = None
     """Decoding processes; default one a core."""
-    shard_mb: int = 256
+    shard_mb: Positive = 256
     """Largest size of one shard, in MiB of pixels."""
-    max_pixels: Count = 178_000_000
+    max_pixels: Annotated[Count, Field(gt=0)] = 178_000_000
     """Largest image that is decoded, in pixels."""
 
 
@@ -100,15 +102,15 @@ class EncoderFit:
     """Prepared data set with labels."""
     out: Path
     """Weights file to write (safetensors); use it with --encoder.name vrpo-conv --encoder.weights FILE."""
-    minutes: float = 1.0
+    minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Training time."""
-    width: int = 64
+    width: Annotated[int, Field(ge=2)] = 64
     """Channels of its tokens."""
-    grid: int | None = None
+    grid: Positive | None = None
     """Tokens along a side in the trunk it is for; default from the image size."""
     flips: bool = False
     """Mirror at random (wrong for digits and letters)."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights, order and augmentation."""
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -117,6 +119,7 @@ class EncoderFit:
 def encoder_fit(words: list[str]) -> int:
     """Fit an encoder."""
     options, _ = parse(EncoderFit, words, "encoder fit")
+    check_output(options.out)
 
     from vrpo.data.shards import ShardedDataset
     from vrpo.training.setup import resolve_device

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from pydantic import Field
 from tyro.conf import Positional
 
+from vrpo.commands.outputs import check_output
 from vrpo.commands.parse import parse
-from vrpo.config import Count
+from vrpo.config import Count, Positive, Seed
 from vrpo.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from vrpo.evaluation.evaluate import EvaluationResult
+    from vrpo.evaluation.features import Reference
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass
@@ -22,19 +34,19 @@ class Drawing:
 
     sampler: Literal["ode-euler", "ode-heun", "sde", "ddpm", "ddim"] | None = None
     """Integrator."""
-    steps: int | None = None
+    steps: Positive | None = None
     """Integration steps."""
-    guidance_scale: float | None = None
+    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """1: no guidance."""
-    guidance_interval: tuple[float, float] | None = None
+    guidance_interval: tuple[Finite, Finite] | None = None
     """Times, from 0 = data to 1 = noise, in which guidance acts."""
     labels: Literal["balanced", "random"] = "balanced"
     """Class labels: evenly over the classes, or uniform at random."""
     weights: Literal["ema", "raw"] = "ema"
     """Averaged or trained weights."""
-    batch_size: int | None = None
+    batch_size: Positive | None = None
     """Images at once."""
-    seed: int = 0
+    seed: Seed = 0
     """Sample i of a seed is one image, however many are drawn."""
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -53,9 +65,9 @@ class Sample:
     """Folder of the run."""
     out: Path
     """A folder for PNG files, or a file: .npz (ADM layout) or .png (one grid)."""
-    count: Count = 64
+    count: Annotated[Count, Field(gt=0)] = 64
     """Images to draw."""
-    columns: int = 8
+    columns: Positive = 8
     """Columns of a grid."""
     drawing: tyro.conf.OmitArgPrefixes[Drawing] = dataclasses.field(default_factory=Drawing)
 
@@ -65,11 +77,12 @@ def sample(words: list[str]) -> int:
     options, _ = parse(Sample, words, "sample")
 
     from vrpo.display import TrainingDisplay
-    from vrpo.sampling import RunSampler, write_images
+    from vrpo.sampling import RunSampler, image_format, write_images
     from vrpo.training.setup import resolve_device
 
-    drawing = options.drawing
+    drawing, kind = options.drawing, image_format(options.out)
     source = RunSampler(options.run, drawing.settings(), drawing.weights, resolve_device(drawing.device))
+    check_output(options.out, folder=kind == "folder")
     with TrainingDisplay() as display:
         images, labels = source.draw(
             options.count, drawing.labels, drawing.seed, lambda done, total: display.progress("sampling", done, total)
@@ -91,11 +104,16 @@ class Evaluate:
     """Feature network: a timm name, dinov2-vit-{s,b,l,g}, transformers:NAME, or a file of `vrpo encoder fit`."""
     features_weights: Path | None = None
     """Local weights file of the feature network."""
-    features_size: int | None = None
+    features_size: Annotated[int, Field(ge=8)] | None = None
     """Side its input is resized to; default its own."""
-    metrics: tuple[Literal["fd", "kid", "precision", "recall"], ...] = ("fd", "kid", "precision", "recall")
+    metrics: Annotated[tuple[Literal["fd", "kid", "precision", "recall"], ...], Field(min_length=1)] = (
+        "fd",
+        "kid",
+        "precision",
+        "recall",
+    )
     """What is computed."""
-    samples: Count = 10_000
+    samples: Annotated[Count, Field(gt=1)] = 10_000
     """Images to draw, where the source is a run."""
     out: Path | None = None
     """JSON file to write; default in the run's folder, where the source is a run."""
@@ -111,12 +129,20 @@ def evaluate(words: list[str]) -> int:
 
     from vrpo.display import TrainingDisplay
     from vrpo.evaluation.evaluate import evaluate_images
+    from vrpo.evaluation.features import load_reference
     from vrpo.sampling import RunSampler
     from vrpo.training.setup import resolve_device
     from vrpo.vision.encoders import load_feature_network
 
     if not options.source.exists():
         raise DataError(f"there is nothing at {options.source}: give a run, a folder or an npz file.")
+    if not options.reference.exists():
+        raise DataError(f"there is nothing at --reference {options.reference}: give a data set, a folder or an npz.")
+    is_run = (options.source / "config.yaml").is_file()
+    if options.out is not None:
+        check_output(options.out)
+    elif is_run:
+        check_output(options.source / "evaluations", folder=True)
     drawing = options.drawing
     name, weights = options.features, options.features_weights
     if Path(name).suffix == ".safetensors" and weights is None:
@@ -127,32 +153,76 @@ def evaluate(words: list[str]) -> int:
     )
     images: Any = options.source
     fields: dict[str, Any] = {}
-    out, about = options.out, {}
-    if (options.source / "config.yaml").is_file():
-        source = RunSampler(options.source, drawing.settings(), drawing.weights, device)
+    about: dict[str, int] = {}
+    # Everything that can be refused is asked for before the images are drawn, which may take hours.
+    run = None
+    if is_run:
+        run = RunSampler(options.source, drawing.settings(), drawing.weights, device)
+        _check_count(options.samples, options.metrics)
+    reference = load_reference(options.reference, network, progress=sys.stderr.isatty())
+    if run is not None:
+        _check_reference(reference, options.metrics)
         with TrainingDisplay() as display:
-            images, _ = source.draw(
+            images, _ = run.draw(
                 options.samples,
                 drawing.labels,
                 drawing.seed,
                 lambda done, total: display.progress("sampling", done, total),
             )
-        fields = source.protocol(drawing.labels, drawing.seed)
-        about = {"step": source.loaded.step, "images": source.loaded.images}
-        out = out or options.source / "evaluations" / f"step-{source.loaded.step:08d}-{name.replace('/', '-')}.json"
+        fields = run.protocol(drawing.labels, drawing.seed)
+        about = {"step": run.loaded.step, "images": run.loaded.images}
     result = evaluate_images(
         images,
-        options.reference,
+        reference,
         network,
         metrics=options.metrics,
         protocol_fields=fields,
         progress=sys.stderr.isatty(),
     )
     Console().print(result.table())
+    out = options.out
+    if out is None and run is not None:
+        out = options.source / "evaluations" / _file_name(run.loaded.step, name, result)
     if out is not None:
         result.save(out, **about)
         print(f"Written: {out}")
     return 0
+
+
+def _file_name(step: int, network: str, result: EvaluationResult) -> str:
+    """Return a name that is the same only for the same step, metrics and protocol."""
+    content = json.dumps([sorted(result.metrics), result.protocol], sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+    return f"step-{step:08d}-{re.sub('[^A-Za-z0-9._]+', '-', network).strip('-')}-{digest}.json"
+
+
+def _least_images(metrics: Sequence[str]) -> int:
+    from vrpo.evaluation.precision_recall import NEIGHBOURS
+
+    return NEIGHBOURS + 1 if {"precision", "recall"} & set(metrics) else 2
+
+
+def _check_count(samples: int, metrics: Sequence[str]) -> None:
+    if samples < _least_images(metrics):
+        raise ConfigError(
+            f"--samples {samples} is too few for {', '.join(metrics)}: give at least {_least_images(metrics)}."
+        )
+
+
+def _check_reference(reference: Reference, metrics: Sequence[str]) -> None:
+    needing = [metric for metric in metrics if metric != "fd"]
+    if not needing:
+        return
+    if reference.vectors is None:
+        raise DataError(
+            f"--reference {reference.record.name} holds only the mean and covariance of features, and "
+            f"{', '.join(needing)} need images: give the images, or --metrics fd."
+        )
+    if len(reference.vectors) < _least_images(metrics):
+        raise DataError(
+            f"--reference {reference.record.name} holds {len(reference.vectors)} images, too few for "
+            f"{', '.join(metrics)}: give at least {_least_images(metrics)}."
+        )
 
 
 @dataclass
@@ -176,6 +246,7 @@ def compare(words: list[str]) -> int:
     options, _ = parse(Compare, words, "compare")
     if not options.runs:
         raise ConfigError("vrpo compare needs at least one run: vrpo compare RUN RUN --out report.html.")
+    check_output(options.out)
 
     from vrpo.report.compare import compare as run_compare
 

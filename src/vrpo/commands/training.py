@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
+from pydantic import Field
 from tyro.conf import Positional
 
-from vrpo.commands.parse import parse
-from vrpo.errors import ConfigError
+from vrpo.commands.parse import option_names, parse
+from vrpo.config import Positive, Seed
+from vrpo.errors import ConfigError, VrpoError
 
 
 @dataclass
@@ -62,7 +65,7 @@ def train(words: list[str]) -> int:
         values = load_file(options.out / "config.yaml")
     if options.data is not None:
         values = merge(values, {"data": {"path": str(options.data)}})
-    config = build_config(values, rest, where).with_absolute_paths()
+    config = build_config(values, rest, where, option_names(Train)).with_absolute_paths()
     out = options.out or Path("runs") / f"{config.name}-seed-{config.seed}"
 
     from vrpo.display import TrainingDisplay
@@ -79,11 +82,20 @@ def train(words: list[str]) -> int:
 def _run_plugin(file: Path) -> None:
     """Run a user's Python file, as they asked on the command line; a configuration cannot ask for it."""
     import importlib.util
+    import sys
 
     spec = importlib.util.spec_from_file_location(f"vrpo_plugin_{file.stem}", file)
     if spec is None or spec.loader is None or not file.is_file():
         raise ConfigError(f"--plugin {file} is not a Python file: give the path of one that ends in .py.")
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except VrpoError:
+        raise
+    except Exception as error:  # the file may do anything
+        said = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+        raise ConfigError(f"--plugin {file} failed ({said}): correct that file.") from error
 
 
 @dataclass
@@ -120,13 +132,13 @@ class Demo:
     """Folder for data, runs and report."""
     data: Path | None = None
     """Folder or zip of your images, one sub-folder a class; default: handwritten digits."""
-    size: int | None = None
+    size: Positive | None = None
     """Side in pixels for --data; default 32."""
-    minutes: float = 4.0
+    minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4.0
     """Time for all of it."""
-    objectives: tuple[str, ...] = ("none", "repa", "vrpo")
+    objectives: Annotated[tuple[str, ...], Field(min_length=1)] = ("none", "repa", "vrpo")
     """What is compared."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of every run."""
 
 

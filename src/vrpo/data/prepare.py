@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SHARD_BYTES = 256 << 20
+# One image of this side is 48 MiB of pixels, of which a worker, a shard and a batch can still hold some.
+MAX_SIZE = 4096
 JOURNAL = "progress.jsonl"
 
 _TASK_IMAGES = 256
@@ -117,8 +119,11 @@ def prepare(
     unreadable image with ``on_bad_image="fail"``, and where the disk is full; finished shards stay valid.
     """
     started = time.perf_counter()
-    if size < 1 or max_pixels < 1:
-        raise ConfigError(f"--size ({size}) and --max-pixels ({max_pixels}) must be at least 1.")
+    for option, value in (("--size", size), ("--max-pixels", max_pixels), ("--shard-mb", shard_bytes)):
+        if value < 1:
+            raise ConfigError(f"{option} cannot be {value}: it must be at least 1.")
+    if size > MAX_SIZE:
+        raise ConfigError(f"--size {size} is more than can be prepared: give at most {MAX_SIZE:,} pixels.")
     opened = source if isinstance(source, Source) else open_source(source)
     folder = Path(out).expanduser()
     if opened.kind == "folder" and folder.resolve().is_relative_to(opened.path):

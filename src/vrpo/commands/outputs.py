@@ -1,0 +1,31 @@
+"""Refusing a place that cannot be written before the work is done, not after it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from vrpo.errors import ConfigError
+from vrpo.files import explain_os_error
+
+
+def check_output(out: Path, *, folder: bool = False) -> None:
+    """Make the folder that the file ``out`` goes into, or with ``folder`` the folder ``out`` itself.
+
+    Raises:
+        ConfigError: it cannot be made or written, with the part of the path that is in the way.
+    """
+    if folder and out.is_file():
+        raise ConfigError(f"--out {out} is a file: give the name of a folder, or of a file of another kind.")
+    if not folder and out.is_dir():
+        raise ConfigError(f"--out {out} is a folder: give the name of a file in it.")
+    blocker = next((part for part in out.parents if part.exists()), None)
+    if blocker is not None and not blocker.is_dir():
+        raise ConfigError(f"--out {out} lies inside {blocker}, which is a file: give another path.")
+    target = out if folder else out.parent
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written ({explain_os_error(error)}): give another path.") from error
+    if not os.access(target, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out} cannot be written (permission denied): give another path.")
