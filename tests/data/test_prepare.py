@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pictures import encode, noise_image
+from PIL import Image
 
 import vrpo.data.shards as shards
 from vrpo.data.prepare import JOURNAL, prepare
@@ -177,7 +178,14 @@ def test_killed_it_leaves_no_worker_and_continues_to_the_same_bytes(folder, refe
     assert contents(out) == contents(reference)
 
 
-def test_a_lost_worker_is_one_sentence(folder, tmp_path):
+def test_a_lost_worker_is_one_sentence(tmp_path):
+    # Enough work that it cannot all be done when the first image is reported.
+    folder = tmp_path / "large"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), dtype=np.uint8)
+    for index in range(120):
+        Image.fromarray(np.roll(noise, index)).save(folder / f"{index:03d}.png", compress_level=0)
+
     def report(done: int, total: int) -> None:
         for child in multiprocessing.active_children():
             child.kill()

@@ -32,7 +32,8 @@ from vrpo.training.telemetry import BinnedMean, Journal, Meter, Stopwatch, Windo
 TIME_BINS = 10
 DEFAULT_LOG_STEPS = 50
 
-# What a resumed run may change: nothing that shapes the weights. The data itself is told by its fingerprint.
+# What a resumed run may change: nothing that shapes the weights. Data and encoders are told by their fingerprints,
+# wherever their files lie.
 FREE_KEYS = (
     "name",
     "data.path",
@@ -42,7 +43,7 @@ FREE_KEYS = (
     "train.compile",
     "train.keep_checkpoints",
 )
-FREE_ENDINGS = ("_every",)
+FREE_ENDINGS = ("_every", "encoder.weights")
 FREE_SECTIONS = ("sample.", "evaluate.")
 # Objectives in which nothing depends on how long the run will be.
 TIMELESS = ("none", "repa", "irepa", "contrastive")
@@ -310,6 +311,7 @@ class Trainer:
             "network": self.parts.trunk.config,
             "class_names": list(self.parts.dataset.class_names) if self.parts.num_classes else [],
             "data": self.parts.dataset.fingerprint,
+            "encoders": [encoder.fingerprint for encoder in self.parts.targets.encoders],
             "seed": self.config.seed,
         }
         return save_checkpoint(self.run, Checkpoint(tensors, state), self.config.train.keep_checkpoints)
@@ -328,6 +330,8 @@ class Trainer:
                 f"{self.run} was trained on another data set than {self.parts.dataset.path}: give the one in its "
                 "config.yaml."
             )
+        if state["encoders"] != [encoder.fingerprint for encoder in self.parts.targets.encoders]:
+            raise CheckpointError(f"{self.run} was aligned to another encoder: give the weights that it began with.")
         where = f"the checkpoint at step {state['step']} of {self.run}"
         load_into(self.parts.trunk, checkpoint.tensors["model"], where)
         load_into(self.ema.network, checkpoint.tensors["ema"], where)
