@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vrpo.demo import HELD_OUT, digits, run_demo, split
+from vrpo.config_load import load_preset, validate
+from vrpo.demo import HELD_OUT, digits, plan_budget, run_demo, split
 from vrpo.errors import ConfigError, DataError
 
 
@@ -50,3 +51,15 @@ def test_wrong_options_are_refused(tmp_path: Path) -> None:
         run_demo(tmp_path / "out", minutes=0)
     with pytest.raises(ConfigError, match="--size 30 is not a multiple of 16: use 32"):
         run_demo(tmp_path / "out", size=30)
+
+
+def test_budget_fits_the_time_in_whole_visits() -> None:
+    base = validate(load_preset("demo"), "demo")
+    images, visits = plan_budget(base, speed=2000.0, seconds=70.0)
+    assert visits == 5
+    assert images % (5 * base.train.batch_size) == 0
+    # 70 s, less 3 to start and 5 visits of 1.5 s and 560 samples of 20 steps at 6,000 a second.
+    assert images == pytest.approx(2000 * (70 - 3 - 5 * (1.5 + 560 * 20 / 6000)), abs=5 * base.train.batch_size)
+    longer, _ = plan_budget(base, speed=2000.0, seconds=140.0)
+    assert longer - images == pytest.approx(2000 * 70, abs=5 * base.train.batch_size)
+    assert plan_budget(base, speed=100.0, seconds=1.0) == (base.train.batch_size, 1)

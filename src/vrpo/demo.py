@@ -26,11 +26,12 @@ from vrpo.vision.convnet import fit_encoder
 DIGITS_SIZE = 16
 IMAGES_SIZE = 32
 HELD_OUT = 8  # one image in this many is held out
-CALIBRATION_STEPS = 30
+CALIBRATION_STEPS = 16
 DIGITS_STEPS = 150
 ENCODER_SHARE = 0.08  # of the demo's time, for each of the two encoders
-VISITS = 5  # evaluations a run
-OBSERVED_SHARE = 0.35  # of a run's time, that samples and scores take
+LEAST_BETWEEN_VISITS = 2_000  # images
+VISIT_SECONDS = 1.5  # what a visit takes besides drawing samples
+START_SECONDS = 3.0  # what a run takes before its first step
 
 Say = Callable[[str], None]
 
@@ -81,17 +82,15 @@ def run_demo(
     encoders = _fit_encoders(out, training, minutes, seed, source is None)
     base = _base_config(training, held_out, encoders, seed)
 
-    left = minutes * 60 - (time.monotonic() - started)
     speed = min(_measure(base, objective) for objective in objectives)
-    seconds = max(5.0, (left - 2 * len(objectives)) * (1 - OBSERVED_SHARE) / len(objectives))
-    batch = base.train.batch_size
-    visits = max(VISITS * batch, int(speed * seconds) // (VISITS * batch) * VISITS * batch)
-    _say(f"Budget: {visits:,} images for each of {', '.join(objectives)}.")
+    left = minutes * 60 - (time.monotonic() - started)
+    budget, visits = plan_budget(base, speed, left / len(objectives))
+    _say(f"Budget: {budget:,} images for each of {', '.join(objectives)}.")
     runs = []
     for objective in objectives:
         run = out / "runs" / objective
         shutil.rmtree(run, ignore_errors=True)
-        _train(_with_budget(base, objective, visits), run)
+        _train(_with_budget(base, objective, budget, visits), run)
         runs.append(run)
     report = out / "report.html"
     name = "handwritten digits" if source is None else source.name
@@ -151,8 +150,25 @@ def _base_config(training: Path, held_out: Path, encoders: tuple[Path, Path], se
     return validate(values, "preset demo").with_absolute_paths()
 
 
-def _with_budget(base: RunConfig, objective: str, images: int) -> RunConfig:
-    every = images // VISITS
+def plan_budget(base: RunConfig, speed: float, seconds: float) -> tuple[int, int]:
+    """Return the images to train on, and how often to score them, so that one run takes about ``seconds``.
+
+    ``speed`` is training's, in images a second. A visit draws and scores samples; a pass through the network without
+    gradients costs a third of one with them. Short runs are visited less often.
+    """
+    batch = base.train.batch_size
+    drawn = base.evaluate.samples + base.sample.rows * base.sample.columns
+    visit = drawn * base.sample.steps / 3 / speed + VISIT_SECONDS
+    for visits in (5, 3, 1):
+        images = speed * (seconds - START_SECONDS - visits * visit)
+        if images >= visits * LEAST_BETWEEN_VISITS:
+            break
+    step = visits * batch
+    return max(int(images) // step, 1) * step, visits
+
+
+def _with_budget(base: RunConfig, objective: str, images: int, visits: int) -> RunConfig:
+    every = images // visits
     values = merge(
         merge(base.model_dump(), load_preset(f"demo-{objective}")),
         {
