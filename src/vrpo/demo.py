@@ -58,7 +58,7 @@ def run_demo(
     *,
     source: Path | None = None,
     size: int | None = None,
-    minutes: float = 4.0,
+    minutes: float = 4.5,
     objectives: Sequence[str] = ("none", "repa", "vrpo"),
     seed: int = 0,
 ) -> tuple[Path, str]:
@@ -158,7 +158,8 @@ def plan_budget(base: RunConfig, speed: float, seconds: float) -> tuple[int, int
     """
     batch = base.train.batch_size
     drawn = base.evaluate.samples + base.sample.rows * base.sample.columns
-    visit = drawn * base.sample.steps / 3 / speed + VISIT_SECONDS
+    passes = 1 if base.sample.guidance_scale == 1 else 2
+    visit = drawn * base.sample.steps * passes / 3 / speed + VISIT_SECONDS
     for visits in (5, 3, 1):
         images = speed * (seconds - START_SECONDS - visits * visit)
         if images >= visits * LEAST_BETWEEN_VISITS:

@@ -134,7 +134,7 @@ class Demo:
     """Folder or zip of your images, one sub-folder a class; default: handwritten digits."""
     size: Positive | None = None
     """Side in pixels for --data; default 32."""
-    minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4.0
+    minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4.5
     """Time for all of it."""
     objectives: Annotated[tuple[str, ...], Field(min_length=1)] = ("none", "repa", "vrpo")
     """What is compared."""
