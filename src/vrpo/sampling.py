@@ -20,7 +20,7 @@ from vrpo.diffusion.losses import Denoising, FlowMatching, NoisePrediction
 from vrpo.diffusion.noise import SampleNoise
 from vrpo.diffusion.paths import get_path
 from vrpo.diffusion.samplers import DIT_SAMPLERS, FLOW_SAMPLERS, sample, sample_dit
-from vrpo.errors import CheckpointError, ConfigError, nearest
+from vrpo.errors import ConfigError, nearest
 from vrpo.files import load_into, load_tensors
 from vrpo.models.transformer import DiffusionTransformer
 from vrpo.randomness import STREAM_LABELS, mix
@@ -158,8 +158,6 @@ def load_run(run: Path, weights: Literal["ema", "raw"], device: torch.device) ->
     """
     record = Run(run)
     folder = record.latest_checkpoint()
-    if folder is None:
-        raise CheckpointError(f"{run} has no checkpoint yet: train it on with `vrpo train --resume --out {run}`.")
     config = validate(record.config, str(run / "config.yaml"))
     state = json.loads((folder / "state.json").read_text("utf-8"))
     network = DiffusionTransformer(**state["network"])

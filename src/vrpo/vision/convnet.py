@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vrpo.errors import CheckpointError, ConfigError, DataError
+from vrpo.files import sha256_file
 from vrpo.vision.backbone import HALF, Backbone
 from vrpo.vision.rows import ImageRows
-from vrpo.vision.weight_files import file_hash, fit_weights, read_metadata, read_weights
+from vrpo.vision.weight_files import fit_weights, read_metadata, read_weights
 
 ARCHITECTURE = "vrpo-conv"
 METADATA_KEY = "vrpo_encoder"
@@ -145,7 +146,7 @@ def load_conv(weights: str | Path | None, *, feature: int | None = None) -> Conv
     record = json.loads(text)
     network = ConvEncoder(ConvConfig(**record["config"]))
     fit_weights(network, read_weights(path), architecture=ARCHITECTURE, source=path)
-    return ConvBackbone(network.eval(), file_hash(path))
+    return ConvBackbone(network.eval(), sha256_file(path))
 
 
 def fit_encoder(

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vrpo.errors import CheckpointError, ConfigError, nearest
+from vrpo.files import sha256_file
 from vrpo.vision.backbone import Backbone
-from vrpo.vision.weight_files import file_hash, fit_weights, read_weights, state_hash
+from vrpo.vision.weight_files import fit_weights, read_weights, state_hash
 
 ALIASES = {
     f"dinov2-vit-{letter}{suffix}": f"vit_{size}_patch14_{registers}dinov2.lvd142m"
@@ -144,7 +145,7 @@ def load_timm(name: str, *, weights: str | Path | None, feature: int | None) -> 
         source=path,
         may_be_extra=_classifier_names(network),
     )
-    return TimmBackbone(name, network, feature=feature, weights_hash=file_hash(path))
+    return TimmBackbone(name, network, feature=feature, weights_hash=sha256_file(path))
 
 
 def _create(target: str, *, pretrained: bool) -> nn.Module:

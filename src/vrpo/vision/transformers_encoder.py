@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vrpo.errors import CheckpointError, ConfigError
+from vrpo.files import sha256_file
 from vrpo.vision.backbone import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Backbone
-from vrpo.vision.weight_files import file_hash, fit_weights, read_weights, state_hash
+from vrpo.vision.weight_files import fit_weights, read_weights, state_hash
 
 PREFIX = "transformers:"
 FAMILY_STATISTICS = {
@@ -143,7 +144,7 @@ def load_transformers(name: str, *, weights: str | Path | None, feature: int | N
     if weights is not None and weights != "random":
         path = Path(weights)
         fit_weights(network, read_weights(path), architecture=name, source=path, may_be_extra=("classifier", "pooler"))
-        digest = file_hash(path)
+        digest = sha256_file(path)
     return TransformersBackbone(
         name,
         network,

@@ -17,12 +17,6 @@ PICKLED = {".pt", ".pth", ".bin"}
 WRAPPERS = ("state_dict", "model")
 
 
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file as hexadecimal text."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def state_hash(module: nn.Module) -> str:
     """Return the SHA-256 over the names, types, shapes and values of a module's state."""
     digest = hashlib.sha256()
