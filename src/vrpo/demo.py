@@ -26,7 +26,7 @@ from vrpo.vision.convnet import fit_encoder
 DIGITS_SIZE = 16
 IMAGES_SIZE = 32
 HELD_OUT = 8  # one image in this many is held out
-CALIBRATION_STEPS = 16
+CALIBRATION_STEPS = 48
 DIGITS_STEPS = 150
 ENCODER_SHARE = 0.08  # of the demo's time, for each of the two encoders
 LEAST_BETWEEN_VISITS = 2_000  # images
