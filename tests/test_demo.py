@@ -56,10 +56,10 @@ def test_wrong_options_are_refused(tmp_path: Path) -> None:
 def test_budget_fits_the_time_in_whole_visits() -> None:
     base = validate(load_preset("demo"), "demo")
     images, visits = plan_budget(base, speed=2000.0, seconds=70.0)
-    assert visits == 5
-    assert images % (5 * base.train.batch_size) == 0
-    # 70 s, less 3 to start and 5 visits of 1.5 s and 560 guided samples of 20 steps at 6,000 passes a second.
-    assert images == pytest.approx(2000 * (70 - 3 - 5 * (1.5 + 560 * 20 * 2 / 6000)), abs=5 * base.train.batch_size)
+    assert visits == 4
+    assert images % (4 * base.train.batch_size) == 0
+    # 70 s, less 3 to start and 4 visits of 1.5 s and 360 guided samples of 20 steps at 6,000 passes a second.
+    assert images == pytest.approx(2000 * (70 - 3 - 4 * (1.5 + 360 * 20 * 2 / 6000)), abs=4 * base.train.batch_size)
     longer, _ = plan_budget(base, speed=2000.0, seconds=140.0)
-    assert longer - images == pytest.approx(2000 * 70, abs=5 * base.train.batch_size)
+    assert longer - images == pytest.approx(2000 * 70, abs=4 * base.train.batch_size)
     assert plan_budget(base, speed=100.0, seconds=1.0) == (base.train.batch_size, 1)

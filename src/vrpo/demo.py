@@ -160,7 +160,7 @@ def plan_budget(base: RunConfig, speed: float, seconds: float) -> tuple[int, int
     drawn = base.evaluate.samples + base.sample.rows * base.sample.columns
     passes = 1 if base.sample.guidance_scale == 1 else 2
     visit = drawn * base.sample.steps * passes / 3 / speed + VISIT_SECONDS
-    for visits in (5, 3, 1):
+    for visits in (4, 2, 1):
         images = speed * (seconds - START_SECONDS - visits * visit)
         if images >= visits * LEAST_BETWEEN_VISITS:
             break
