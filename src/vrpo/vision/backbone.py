@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import NamedTuple
 
 from torch import Tensor, nn
+
+from vrpo.vision.key_values import read_keys_values
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
+
+
+class EncoderOutput(NamedTuple):
+    """What an encoder says of B images; None for what it was not asked for.
+
+    Attributes:
+        tokens: (B, N, C_e).
+        keys, values: of the layer that made the tokens, at the same N places, heads side by side, (B, N, C_k) and
+            (B, N, C_v); the tokens themselves where an encoder has no attention.
+        class_token: (B, C_e); the mean token where an encoder has none.
+    """
+
+    tokens: Tensor
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    class_token: Tensor | None = None
 
 
 class Backbone(nn.Module):
@@ -47,6 +66,32 @@ class Backbone(nn.Module):
     @abstractmethod
     def tokens(self, images: Tensor) -> Tensor:
         """Return the tokens (B, n*n, C), row by row, of normalised images (B, 3, S, S)."""
+
+    def with_class_token(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens and the class token (B, C), the mean token where there is none."""
+        tokens = self.tokens(images)
+        return tokens, tokens.mean(dim=1)
+
+    def attention_block(self) -> nn.Module | None:
+        """Return the block whose attention made the tokens; None for a network without attention over its grid."""
+        return None
+
+    def outputs(self, images: Tensor, *, keys_values: bool) -> EncoderOutput:
+        """Return tokens, class token and, where asked for, keys and values of normalised images (B, 3, S, S).
+
+        Raises:
+            ConfigError: the keys and values cannot be read.
+        """
+        block = self.attention_block() if keys_values else None
+        if block is None:
+            tokens, class_token = self.with_class_token(images)
+            keys = values = tokens if keys_values else None
+            return EncoderOutput(tokens, keys, values, class_token)
+        with read_keys_values(block, self.name) as found:
+            tokens, class_token = self.with_class_token(images)
+        # class and register tokens come first
+        places = slice(-tokens.shape[1], None)
+        return EncoderOutput(tokens, found.keys[:, places], found.values[:, places], class_token)
 
     @abstractmethod
     def pooled(self, images: Tensor) -> Tensor:

@@ -13,20 +13,22 @@ import torch
 from torch import Tensor
 
 from vrpo.errors import DataError
+from vrpo.vision.backbone import EncoderOutput
 from vrpo.vision.encoders import Encoder
 from vrpo.vision.rows import ImageRows
 
-FORMAT = 1
+FORMAT = 2
 PART_BYTES = 256 * 2**20
 INDEX = "index.json"
 
 
 class TokenCache:
-    """The tokens of every row of a data set (and of its mirror image), in float16.
+    """What an encoder says of every row of a data set (and of its mirror image), in float16.
 
-    ``folder/<hash>/part-00000.npy`` holds (rows, 1 or 2, N, C); ``index.json`` beside it holds the
-    fingerprints and the SHA-256 of each finished part. The hash stands for encoder, data set and flips, so
-    tokens of anything else lie in another folder and are never read.
+    ``folder/<hash>/part-00000.npy`` holds (rows, 1 or 2, F): an image's tokens and, where the encoder was loaded for
+    them, its keys, values and class token, each flattened, one after the other. ``index.json`` beside it names them
+    with their shapes, and holds the fingerprints and the SHA-256 of each finished part. The hash stands for encoder,
+    data set, flips and what is stored, so a cache of anything else lies in another folder and is never read.
 
     Args:
         folder: where caches are kept.
@@ -40,7 +42,8 @@ class TokenCache:
     def __init__(self, folder: str | Path, encoder: Encoder, dataset: ImageRows, flips: bool) -> None:
         self.encoder, self.dataset, self.flips = encoder, dataset, flips
         self.rows = len(dataset)
-        self.shape = (2 if flips else 1, encoder.grid**2, encoder.width)
+        self.stored = _stored_shapes(encoder)
+        self.shape = (2 if flips else 1, sum(int(np.prod(shape)) for shape in self.stored.values()))
         row_bytes = 2 * int(np.prod(self.shape))
         self.part_rows = max(1, PART_BYTES // row_bytes)
         self.parts = -(-self.rows // self.part_rows)
@@ -50,6 +53,7 @@ class TokenCache:
             "encoder": encoder.fingerprint,
             "dataset": dataset.fingerprint,
             "flips": flips,
+            "stored": {name: list(shape) for name, shape in self.stored.items()},
             "part_rows": self.part_rows,
         }
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
@@ -94,18 +98,37 @@ class TokenCache:
         Raises:
             DataError: the cache is not complete, or holds no mirrored images.
         """
+        shape = self.stored["tokens"]
+        return self._gather(indices, flipped, int(np.prod(shape))).view(-1, *shape)
+
+    def outputs(self, indices: np.ndarray, flipped: np.ndarray | None = None) -> EncoderOutput:
+        """Return all that is stored, float16, as ``read`` does tokens.
+
+        Raises:
+            DataError: the cache is not complete, or holds no mirrored images.
+        """
+        rows = self._gather(indices, flipped, self.shape[1])
+        sizes = [int(np.prod(shape)) for shape in self.stored.values()]
+        parts = zip(self.stored.items(), rows.split(sizes, dim=1), strict=True)
+        found = {name: part.reshape(-1, *shape) for (name, shape), part in parts}
+        if self.encoder.keys_values and "keys" not in found:
+            found |= {"keys": found["tokens"], "values": found["tokens"]}
+        return EncoderOutput(**found)
+
+    def _gather(self, indices: np.ndarray, flipped: np.ndarray | None, width: int) -> Tensor:
+        """Return the first ``width`` numbers of each row, (B, width)."""
         if not self.complete:
             raise DataError(f"The token cache {self.folder} is not complete: build it again, it will resume.")
         indices = np.asarray(indices, dtype=np.int64)
         sides = np.zeros(len(indices), dtype=np.int64) if flipped is None else np.asarray(flipped, dtype=np.int64)
         if not self.flips and sides.any():
             raise DataError(f"The token cache {self.folder} holds no mirrored images: build it with flips.")
-        tokens = np.empty((len(indices), *self.shape[1:]), dtype=np.float16)
+        found = np.empty((len(indices), width), dtype=np.float16)
         owners = indices // self.part_rows
         for part in np.unique(owners):
             where = np.flatnonzero(owners == part)
-            tokens[where] = self._map(int(part))[indices[where] % self.part_rows, sides[where]]
-        return torch.from_numpy(tokens)
+            found[where] = self._map(int(part))[indices[where] % self.part_rows, sides[where], :width]
+        return torch.from_numpy(found)
 
     def verify(self) -> None:
         """Compare every part with its recorded hash.
@@ -135,8 +158,8 @@ class TokenCache:
                 indices = np.arange(row, min(row + batch_size, stop), dtype=np.int64)
                 images = self.dataset.read(indices)[0].to(device)
                 views = [images, images.flip(-1)] if self.flips else [images]
-                tokens = torch.stack([self.encoder.tokens(view) for view in views], dim=1)
-                file.write(tokens.clamp(-limit, limit).half().cpu().numpy().tobytes())
+                found = torch.stack([self._flat(view) for view in views], dim=1)
+                file.write(found.clamp(-limit, limit).half().cpu().numpy().tobytes())
                 if progress is not None:
                     progress(int(indices[-1]) + 1, self.rows)
             file.flush()
@@ -145,6 +168,11 @@ class TokenCache:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.replace(unfinished, path)
         return digest
+
+    def _flat(self, images: Tensor) -> Tensor:
+        """Return all that is stored of images, (B, F)."""
+        found = self.encoder.outputs(images)
+        return torch.cat([getattr(found, name).flatten(1) for name in self.stored], dim=1)
 
     def _path(self, part: int) -> Path:
         return self.folder / f"part-{part:05d}.npy"
@@ -183,3 +211,14 @@ class TokenCache:
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, self.folder / INDEX)
+
+
+def _stored_shapes(encoder: Encoder) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each stored part of an ``EncoderOutput``; keys that are the tokens are not stored again."""
+    tokens = encoder.grid**2
+    shapes: dict[str, tuple[int, ...]] = {"tokens": (tokens, encoder.width)}
+    if encoder.has_attention:
+        shapes |= {"keys": (tokens, encoder.key_width), "values": (tokens, encoder.value_width)}
+    if encoder.class_token:
+        shapes["class_token"] = (encoder.width,)
+    return shapes

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vrpo.errors import ConfigError
-from vrpo.vision.backbone import Backbone
+from vrpo.vision.backbone import Backbone, EncoderOutput
 
 CONV_NAME = "vrpo-conv"
+
+_MaybeTensor = TypeVar("_MaybeTensor", Tensor, Tensor | None)
 
 
 class FeatureNetwork(nn.Module):
@@ -78,18 +81,32 @@ class Encoder(FeatureNetwork):
 
     Attributes (beside those of :class:`FeatureNetwork`): ``width`` (C_e), ``grid`` (tokens along a side),
     ``native_grid`` (the network's own at ``input_size``), ``resampled`` (whether the two differ),
-    ``feature``.
+    ``feature``, ``class_token`` and ``keys_values`` (whether ``outputs`` gives them), ``key_width`` (C_k) and
+    ``value_width`` (C_v), 0 without them, ``has_attention`` (whether they are more than the tokens again).
     """
 
     def __init__(
-        self, backbone: Backbone, *, grid: int, input_size: int, device: torch.device, dtype: torch.dtype
+        self,
+        backbone: Backbone,
+        *,
+        grid: int,
+        input_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        keys_values: bool = False,
+        class_token: bool = False,
     ) -> None:
         super().__init__(backbone, input_size=input_size, device=device, dtype=dtype)
         self.grid = grid
         self.feature = backbone.feature
+        self.keys_values, self.class_token = keys_values, class_token
         black = torch.zeros(1, 3, input_size, input_size, dtype=torch.uint8, device=device)
         with torch.inference_mode(), self._precision(device):
-            _, count, self.width = backbone.tokens(self._prepare(black)).shape
+            found = backbone.outputs(self._prepare(black), keys_values=keys_values)
+        _, count, self.width = found.tokens.shape
+        self.key_width = 0 if found.keys is None else found.keys.shape[-1]
+        self.value_width = 0 if found.values is None else found.values.shape[-1]
+        self.has_attention = found.keys is not None and found.keys is not found.tokens
         self.native_grid = round(count**0.5)
         self.resampled = self.native_grid != grid
 
@@ -108,14 +125,39 @@ class Encoder(FeatureNetwork):
         may keep for its backward pass.
         """
         with torch.inference_mode(), self._precision(images.device):
-            tokens = self.backbone.tokens(self._prepare(images))
-            if self.resampled:
-                tokens = resample_tokens(tokens, self.grid)
-        return tokens.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            tokens = self._on_grid(self.backbone.tokens(self._prepare(images)))
+        return _own(tokens)
+
+    def outputs(self, images: Tensor) -> EncoderOutput:
+        """Return, float32, what the encoder was loaded for, of uint8 images (B, 3, H, W), from one forward pass.
+
+        Tokens are those of :meth:`tokens`; keys and values are resampled as they are.
+        """
+        with torch.inference_mode(), self._precision(images.device):
+            found = self.backbone.outputs(self._prepare(images), keys_values=self.keys_values)
+            tokens = self._on_grid(found.tokens)
+            # without attention they are the tokens, and stay one tensor
+            keys = tokens if found.keys is found.tokens else self._on_grid(found.keys)
+            values = tokens if found.values is found.tokens else self._on_grid(found.values)
+        owned = _own(tokens)
+        return EncoderOutput(
+            owned,
+            owned if keys is tokens else _own(keys),
+            owned if values is tokens else _own(values),
+            _own(found.class_token) if self.class_token else None,
+        )
+
+    def _on_grid(self, tokens: _MaybeTensor) -> _MaybeTensor:
+        return tokens if tokens is None or not self.resampled else resample_tokens(tokens, self.grid)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return :meth:`tokens`."""
         return self.tokens(images)
+
+
+def _own(tensor: _MaybeTensor) -> _MaybeTensor:
+    """Return an ordinary float32 tensor of its own, which a loss may keep for its backward pass."""
+    return None if tensor is None else tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def resample_tokens(tokens: Tensor, grid: int) -> Tensor:
@@ -137,6 +179,8 @@ def load_encoder(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     allow_resample: bool = True,
+    keys_values: bool = False,
+    class_token: bool = False,
 ) -> Encoder:
     """Return the frozen encoder ``name`` with tokens on a ``grid`` x ``grid`` grid.
 
@@ -153,15 +197,25 @@ def load_encoder(
         dtype: autocast precision; None for bfloat16 on CUDA and float32 elsewhere.
         allow_resample: whether the token grid may be resampled where no input size gives it exactly
             (``Encoder.resampled`` says that it is).
+        keys_values: whether ``outputs`` also gives the keys and values of the layer that makes the tokens.
+        class_token: whether ``outputs`` also gives the class token.
 
     Raises:
-        ConfigError: unknown name, feature, or an input size that does not lead to the grid.
+        ConfigError: unknown name, feature, an input size that does not lead to the grid, or keys and values
+            that cannot be read.
         CheckpointError: weights that cannot be had, or of another architecture.
     """
     backbone = _load_backbone(name, weights=weights, feature=feature)
     exact = grid * backbone.stride
     size = _checked_input(backbone, input_size if input_size is not None else backbone.fixed_input or exact)
-    encoder = Encoder(backbone, grid=grid, input_size=size, **_placement(device, dtype))
+    encoder = Encoder(
+        backbone,
+        grid=grid,
+        input_size=size,
+        keys_values=keys_values,
+        class_token=class_token,
+        **_placement(device, dtype),
+    )
     if encoder.resampled and not allow_resample:
         own = f"{encoder.native_grid}x{encoder.native_grid}"
         remedy = (

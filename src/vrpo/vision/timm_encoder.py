@@ -61,6 +61,28 @@ class TimmBackbone(Backbone):
             return network.forward_features(images)[:, network.num_prefix_tokens :]
         return self._map(images).flatten(2).transpose(1, 2)
 
+    def with_class_token(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        network: Any = self.network
+        # registers alone are prefix tokens too
+        if not self.patches or getattr(network, "cls_token", None) is None:
+            return super().with_class_token(images)
+        if self.index is None:
+            states = network.forward_features(images)
+            return states[:, network.num_prefix_tokens :], states[:, 0]
+        tokens, prefix = network.forward_intermediates(
+            images,
+            indices=[self.index],
+            intermediates_only=True,
+            output_fmt="NLC",
+            norm=True,
+            return_prefix_tokens=True,
+        )[-1]
+        return tokens, prefix[:, 0]
+
+    def attention_block(self) -> nn.Module | None:
+        blocks: Any = getattr(self.network, "blocks", None)
+        return blocks[-1 if self.index is None else self.index] if self.patches else None
+
     def pooled(self, images: Tensor) -> Tensor:
         """Return timm's own features before the classifier.
 

@@ -71,6 +71,21 @@ class TransformersBackbone(Backbone):
         states = self._forward(images)
         return states[:, self.prefix :] if states.ndim == 3 else states.flatten(2).transpose(1, 2)
 
+    def with_class_token(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.prefix:
+            return super().with_class_token(images)
+        states = self._forward(images)
+        return states[:, self.prefix :], states[:, 0]
+
+    def attention_block(self) -> nn.Module | None:
+        if not self.patches:
+            return None
+        config: Any = self.network.config
+        stacks = [module for module in self.network.modules() if isinstance(module, nn.ModuleList)]
+        layers = next((stack for stack in stacks if len(stack) == config.num_hidden_layers), None)
+        # a network without such a stack is refused as a whole, with its name
+        return self.network if layers is None else layers[-1 if self.index is None else self.index]
+
     def pooled(self, images: Tensor) -> Tensor:
         """Return the last layer's class token where there is one, else the model's pooling or the mean.
 
