@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from vrpo.config_load import validate
 from vrpo.errors import ConfigError
 from vrpo.models.transformer import DiffusionTransformer, build_transformer
 from vrpo.sampling import ImageSampler, grid_image, image_format, sample_labels, write_images
+from vrpo.sampling.sampler import default_compute_batch
 
 
 def network(kind: str = "SiT", num_classes: int = 4) -> DiffusionTransformer:
@@ -24,35 +26,87 @@ def network(kind: str = "SiT", num_classes: int = 4) -> DiffusionTransformer:
     return built.eval()
 
 
-def config(sampler: str, batch_size: int, guidance: float = 1.0) -> RunConfig:
-    sample = {"sampler": sampler, "steps": 4, "batch_size": batch_size, "guidance_scale": guidance}
+def config(sampler: str = "ode-euler", guidance: float = 1.0, **more: Any) -> RunConfig:
+    sample = {"sampler": sampler, "steps": 4, "guidance_scale": guidance, "compute_batch": 4, **more}
     return validate({"sample": sample}, "the test")
 
 
-@pytest.mark.parametrize(
-    ("kind", "sampler"), [("SiT", "ode-euler"), ("SiT", "ode-heun"), ("SiT", "sde"), ("DiT", "ddim"), ("DiT", "ddpm")]
-)
-def test_sample_is_the_same_whatever_the_batch(kind: str, sampler: str) -> None:
-    trunk = network(kind)
-    indices = [0, 1, 2, 3, 4, 5, 6]
-    labels = sample_labels(indices, 4, "balanced", 0)
+class Watched(DiffusionTransformer):
+    """A transformer that records how many images it sees, and rounds differently for every place in the batch."""
+
+    seen: list[int]
+
+    def forward(self, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        self.seen.append(len(x))
+        place = torch.arange(len(x)) / len(x)
+        return super().forward(x, *rest) + 0.1 * place[:, None, None, None]
+
+
+def watched(kind: str = "SiT", num_classes: int = 4) -> Watched:
+    trained = network(kind, num_classes)
+    built = Watched(**trained.config).eval()
+    built.load_state_dict(trained.state_dict())
+    built.seen = []
+    return built
+
+
+KINDS = [("SiT", "ode-euler"), ("SiT", "ode-heun"), ("SiT", "sde"), ("DiT", "ddim"), ("DiT", "ddpm")]
+
+
+@pytest.mark.parametrize(("kind", "sampler"), KINDS)
+def test_an_image_is_the_same_to_the_bit_whatever_is_drawn_beside_it(kind: str, sampler: str) -> None:
+    """Even with a network whose arithmetic depends on the batch's size and on the image's place in it."""
+    trunk = watched(kind)
+    labels = sample_labels(range(11), 4, "balanced", 0)
     assert labels is not None
-    whole = ImageSampler(trunk, config(sampler, 7, 1.5), device="cpu").images(indices, labels, seed=3)
-    split = ImageSampler(trunk, config(sampler, 2, 1.5), device="cpu").images(indices, labels, seed=3)
-    # Products of another batch size may round differently: one level of 255 at most.
-    assert (whole.int() - split.int()).abs().max() <= 1
-    alone = ImageSampler(trunk, config(sampler, 7, 1.5), device="cpu").images([5], labels[5:6], seed=3)
-    assert (whole[5].int() - alone[0].int()).abs().max() <= 1
+    whole = ImageSampler(trunk, config(sampler, 1.5), device="cpu").images(range(11), labels, seed=3)
+    for part in ([0], [5], [2, 3, 4, 5], [10, 1, 9], [7, 7], range(3, 11)):
+        other = ImageSampler(trunk, config(sampler, 1.5, batch_size=3), device="cpu")
+        assert torch.equal(other.images(part, labels[list(part)], seed=3), whole[list(part)])
+    assert set(trunk.seen) == {8}, "both halves of the guidance, four images each"
     assert not torch.equal(whole[0], whole[4]), "samples of one class differ by their noise"
-    other = ImageSampler(trunk, config(sampler, 7, 1.5), device="cpu").images(indices, labels, seed=4)
-    assert not torch.equal(whole, other)
+    assert not torch.equal(other.images(range(11), labels, seed=4), whole)
 
 
-def test_how_many_are_asked_for_changes_nothing() -> None:
-    sampler = ImageSampler(network(), config("ode-euler", 4), device="cpu")
-    few = sampler.images(range(5), sample_labels(range(5), 4, "random", 9), seed=9)
-    many = sampler.images(range(10), sample_labels(range(10), 4, "random", 9), seed=9)
-    assert torch.equal(few, many[:5])
+def test_one_sample_under_two_labels_is_two_images() -> None:
+    sampler = ImageSampler(network(), config(), device="cpu")
+    first, second = sampler.images([5, 5], torch.tensor([0, 3]), seed=0)
+    assert not torch.equal(first, second)
+    assert torch.equal(sampler.images([5], torch.tensor([3]), seed=0)[0], second)
+
+
+@pytest.mark.parametrize(
+    ("device", "tokens", "batch"),
+    [
+        ("cpu", 64, 16),
+        ("cpu", 16, 16),
+        ("cpu", 256, 4),
+        ("cpu", 4096, 4),
+        ("cuda", 64, 256),
+        ("cuda", 256, 64),
+        ("cuda", 196, 64),
+        ("cuda", 1, 512),
+        ("cuda", 4096, 8),
+    ],
+)
+def test_the_batch_of_the_network_follows_the_device_and_the_tokens(device: str, tokens: int, batch: int) -> None:
+    assert default_compute_batch(torch.device(device), tokens) == batch
+
+
+def test_images_are_told_as_they_are_done() -> None:
+    told: list[int] = []
+    sampler = ImageSampler(network(), config(), device="cpu")
+    sizes = [len(batch) for batch in sampler.batches(range(2, 11), torch.zeros(9).long(), 0, told.append)]
+    assert (sizes, told) == ([2, 4, 3], [2, 6, 9])
+
+
+def test_precision_is_the_runs_or_its_own() -> None:
+    trunk, labels = network(), torch.arange(4)
+    plain = ImageSampler(trunk, config(), device="cpu").images(range(4), labels, 0)
+    rounded = ImageSampler(trunk, config(precision="bf16"), device="cpu").images(range(4), labels, 0)
+    as_trained = config().model_copy(update={"train": config().train.model_copy(update={"precision": "bf16"})})
+    assert torch.equal(ImageSampler(trunk, as_trained, device="cpu").images(range(4), labels, 0), rounded)
+    assert 0 < (plain.float() - rounded.float()).abs().max() < 16
 
 
 def test_label_policies() -> None:
@@ -69,13 +123,27 @@ def test_label_policies() -> None:
 
 def test_sampler_of_another_kind_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"sample.sampler 'ddpm' does not fit SiT: choose one of: ode-euler"):
-        ImageSampler(network(), config("ddpm", 4), device="cpu")
+        ImageSampler(network(), config("ddpm"), device="cpu")
 
 
-def test_guidance_needs_classes() -> None:
-    sampler = ImageSampler(network(num_classes=0), config("ode-euler", 4, 2.0), device="cpu")
-    with pytest.raises(ConfigError, match="guidance_scale"):
-        sampler.images(range(2), None, seed=0)
+def test_guidance_needs_classes_and_is_refused_before_the_network_runs() -> None:
+    trunk = watched(num_classes=0)
+    with pytest.raises(ConfigError, match=r"sample.guidance_scale 2 needs classes, and the model has none"):
+        ImageSampler(trunk, config("ode-euler", 2.0), device="cpu")
+    assert not trunk.seen
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "sentence"),
+    [
+        ("SiT", {"guidance_interval": (0.7, 0.3)}, r"0.7 0.3 ends before it starts: write 0.3 0.7"),
+        ("DiT", {"sampler": "ddim", "steps": 240}, "does not divide the 1,000 steps of ddim: use 250"),
+        ("DiT", {"sampler": "ddpm", "steps": 1001}, "is more than the 1,000 steps of ddpm"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_at_once(kind: str, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        ImageSampler(watched(kind), config(**changes), device="cpu")
 
 
 def test_grid_and_files_hold_the_pixels(tmp_path: Path) -> None:

@@ -233,7 +233,13 @@ class SampleConfig(Section):
     guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="Times in which guidance acts.")
     rows: int = Field(8, ge=1, description="Rows of a grid.")
     columns: int = Field(8, ge=1, description="Columns of a grid.")
-    batch_size: int = Field(256, ge=1, description="Images sampled at once.")
+    batch_size: int = Field(256, ge=1, description="Images that vrpo sample saves at once; no image depends on it.")
+    compute_batch: int = Field(
+        0, ge=0, description="Images the network sees at once, which rounding depends on; 0: as suits the device."
+    )
+    precision: Literal["fp32", "bf16", "fp16"] | None = Field(
+        None, description="Autocast precision of sampling; None: train.precision."
+    )
 
 
 class EvaluateConfig(Section):

@@ -2,7 +2,7 @@
 
 from vrpo.sampling.files import grid_image, image_format, write_images
 from vrpo.sampling.labels import LabelPolicy, sample_labels
-from vrpo.sampling.sampler import DTYPES, ImageSampler, build_denoising, check_sampler
+from vrpo.sampling.sampler import DTYPES, ImageSampler, build_denoising, check_sampling
 from vrpo.sampling.source import LoadedRun, RunSampler, load_run
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "LoadedRun",
     "RunSampler",
     "build_denoising",
-    "check_sampler",
+    "check_sampling",
     "grid_image",
     "image_format",
     "load_run",

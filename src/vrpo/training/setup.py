@@ -20,7 +20,7 @@ from vrpo.diffusion.losses import Denoising
 from vrpo.errors import ConfigError, DataError
 from vrpo.models.transformer import SIZES, DiffusionTransformer, build_transformer, parameter_count, parse_model_name
 from vrpo.randomness import STREAM_INIT, mix
-from vrpo.sampling import build_denoising, check_sampler
+from vrpo.sampling import build_denoising, check_sampling
 from vrpo.training.targets import Say, Targets
 
 
@@ -70,7 +70,8 @@ def check_config(config: RunConfig) -> None:
     """
     kind, size, _ = parse_model_name(config.model.name)
     check_depths("align.depth", config.align.depth, SIZES[size].depth)
-    _check_sampling(kind, config)
+    check_sampling(kind, config.sample, config.data.conditional)
+    _check_evaluation(config)
     train = config.train
     if train.batch_size % train.noisings:
         nearest = max(1, round(train.batch_size / train.noisings)) * train.noisings
@@ -87,19 +88,7 @@ def check_config(config: RunConfig) -> None:
         )
 
 
-def _check_sampling(kind: str, config: RunConfig) -> None:
-    sample = config.sample
-    check_sampler(kind, sample.sampler)
-    low, high = sample.guidance_interval
-    if low > high:
-        raise ConfigError(f"sample.guidance_interval {low:g} {high:g} ends before it starts: write {high:g} {low:g}.")
-    if sample.sampler == "ddim" and 1000 % sample.steps:
-        closest = min((n for n in range(1, 1001) if 1000 % n == 0), key=lambda n: abs(n - sample.steps))
-        raise ConfigError(f"sample.steps {sample.steps} does not divide the 1,000 steps of ddim: use {closest}.")
-    if sample.guidance_scale != 1 and not config.data.conditional:
-        raise ConfigError(
-            f"sample.guidance_scale {sample.guidance_scale:g} needs classes, and data.conditional is false: use 1."
-        )
+def _check_evaluation(config: RunConfig) -> None:
     fewest = 4  # a third neighbour, for precision and recall
     if config.evaluate.features is not None and config.evaluate.samples < fewest:
         raise ConfigError(f"evaluate.samples {config.evaluate.samples} is too few to score: use at least {fewest}.")
