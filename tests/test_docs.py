@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel
 
 import vrpo.commands.data
+import vrpo.commands.evaluation
 import vrpo.commands.images
 import vrpo.commands.training
 from vrpo.alignment.objective import AlignmentBatch
@@ -292,7 +293,7 @@ class Parsed(Exception):
 @pages
 def test_every_command_in_the_text_parses(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[tuple[Any, list[str]]] = []
-    for module in (vrpo.commands.data, vrpo.commands.images, vrpo.commands.training):
+    for module in (vrpo.commands.data, vrpo.commands.evaluation, vrpo.commands.images, vrpo.commands.training):
 
         def parse(*arguments: Any, original: Any = module.parse, **options: Any) -> Any:
             found.append(original(*arguments, **options))

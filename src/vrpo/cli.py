@@ -22,7 +22,9 @@ COMMANDS = {
     "presets": ("training.presets", "List the presets, or show one: vrpo presets NAME [--full]."),
     "train": ("training.train", "Train a diffusion transformer."),
     "sample": ("images.sample", "Draw images from a run."),
-    "evaluate": ("images.evaluate", "Score a run, a folder or an npz against reference images."),
+    "evaluate": ("evaluation.evaluate", "Score runs, folders or npz files against reference images."),
+    "evaluate stats": ("evaluation.stats", "Save the statistics of reference images."),
+    "evaluate parity": ("evaluation.parity", "Score a pair of published files and compare with published values."),
     "compare": ("images.compare", "Compare runs in one HTML report."),
 }
 

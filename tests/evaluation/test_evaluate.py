@@ -13,10 +13,12 @@ from torch import Tensor
 
 from vrpo.errors import EvaluationError
 from vrpo.evaluation.evaluate import evaluate_images
-from vrpo.evaluation.features import ImageSet, extract_features, load_reference, open_images
+from vrpo.evaluation.features import extract_features
 from vrpo.evaluation.frechet import FeatureStatistics, frechet_distance
+from vrpo.evaluation.images import ImageSet, open_images
 from vrpo.evaluation.kernel import kernel_distance
 from vrpo.evaluation.precision_recall import precision_recall
+from vrpo.evaluation.reference import load_reference
 
 SAMPLING = {"sampler": "ode-euler", "steps": 20, "guidance_interval": [0.0, 1.0], "weights": "ema", "seed": 0}
 
@@ -125,7 +127,7 @@ def test_misuse_is_one_sentence(tmp_path: Path, network) -> None:
         evaluate_images(images[:3], images, network)
     with pytest.raises(EvaluationError, match=r"There are 1 samples .* fd need at least 2"):
         evaluate_images(images[:1], images, network, metrics=("fd",))
-    with pytest.raises(EvaluationError, match="there are 3 reference images"):
+    with pytest.raises(EvaluationError, match="holds 3 images, too few for"):
         evaluate_images(images, images[:3], network)
 
 
@@ -140,7 +142,7 @@ def test_moments_alone_give_only_the_distance(tmp_path: Path, network) -> None:
 
     expected = evaluate_images(images[:20], images, network, metrics=("fd",))
     assert result.metrics["fd"] == pytest.approx(expected.metrics["fd"], rel=1e-6)
-    with pytest.raises(EvaluationError, match="only their mean and covariance"):
+    with pytest.raises(EvaluationError, match="holds only the mean and covariance"):
         evaluate_images(images, file, network)
 
 

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from vrpo.data.shards import ShardedDataset
 from vrpo.errors import DataError, EvaluationError
-from vrpo.evaluation import features as module
-from vrpo.evaluation.features import ImageSet, extract_features, load_reference, open_images
+from vrpo.evaluation import reference as module
+from vrpo.evaluation.features import extract_features
 from vrpo.evaluation.frechet import frechet_distance
+from vrpo.evaluation.images import ImageSet, open_images
+from vrpo.evaluation.reference import load_reference
 
 
 def draw_images(count: int, size: int = 8) -> Tensor:

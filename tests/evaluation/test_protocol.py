@@ -57,7 +57,7 @@ def test_line_says_what_is_not_known() -> None:
     protocol = Protocol(10, ReferenceRecord("adm", None, ""), FeaturesRecord("x", "x", "0", 8, precision="bfloat16"))
 
     assert "sampler not recorded" in protocol.line()
-    assert "unknown number of images" in protocol.line()
+    assert "reference adm (moments as given, )" in protocol.line()
     assert "bfloat16" in protocol.line()
 
 
@@ -97,4 +97,7 @@ def test_only_inception_gives_fid() -> None:
     assert metric_label("fd", "inception_v3") == "FD-inception_v3"
     assert metric_label("fd", "inception") == "FID"
     assert metric_label("kid", "inception") == "KID"
+    assert [metric_label(metric, "inception") for metric in ("sfid", "is")] == ["sFID", "IS"]
+    assert metric_label("sfid", "inception-random") == "sFD-random Inception"
+    assert metric_label("is", "inception-random") == "IS-random Inception"
     assert metric_label("recall", "mobilenetv2_100") == "Recall"

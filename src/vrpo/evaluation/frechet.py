@@ -126,15 +126,18 @@ class FeatureStatistics:
             np.savez(file, mu=self.mean, sigma=self.covariance, **entries)  # type: ignore[arg-type]
 
     @classmethod
-    def load(cls, path: Path | str) -> FeatureStatistics:
-        """Read statistics that `save` wrote, or an ADM ``.npz``; raises EvaluationError without any."""
+    def load(cls, path: Path | str, names: tuple[str, str] = ("mu", "sigma")) -> FeatureStatistics:
+        """Read statistics that `save` wrote, or an ADM ``.npz``; raises EvaluationError without any.
+
+        ``names`` are those of the mean and covariance in the file.
+        """
         try:
             with np.load(path, allow_pickle=False) as archive:
                 count = int(archive["count"]) if "count" in archive else None
-                statistics = cls.from_moments(archive["mu"], archive["sigma"], count)
+                statistics = cls.from_moments(archive[names[0]], archive[names[1]], count)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise EvaluationError(
-                f"{path} holds no readable 'mu' and 'sigma' arrays; give an .npz of feature statistics."
+                f"{path} holds no readable '{names[0]}' and '{names[1]}' arrays; give an .npz of feature statistics."
             ) from error
         _require_finite(statistics.mean, statistics.covariance)
         return statistics

@@ -15,12 +15,15 @@ INCEPTION = "inception"
 
 _METRIC_NAMES = {
     "fd": "FD",
+    "sfid": "sFD",
+    "is": "IS",
     "kid": "KID",
     "precision": "Precision",
     "recall": "Recall",
 }
 # The first pattern that a network's name contains gives its friendly name.
 _NETWORK_NAMES = (
+    (r"^inception-random$", "random Inception"),
     (r"efficientnet_lite(\d)", r"EfficientNet-Lite\1"),
     (r"efficientnetv2_(\w)", r"EfficientNetV2-\1"),
     (r"efficientnet_b(\d)", r"EfficientNet-B\1"),
@@ -68,7 +71,7 @@ class FeaturesRecord:
 class Protocol:
     """What to state beside every metric; None where images came without a record of how they were sampled.
 
-    ``kid`` and ``manifold`` hold the settings of those metrics where they were computed.
+    ``kid``, ``manifold`` and ``inception_score`` hold the settings of those metrics where they were computed.
     """
 
     sample_count: int
@@ -85,6 +88,7 @@ class Protocol:
     image_conversion: str = IMAGE_CONVERSION
     kid: Mapping[str, int] = field(default_factory=dict)
     manifold: Mapping[str, int] = field(default_factory=dict)
+    inception_score: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as nested dictionaries ready for JSON."""
@@ -106,12 +110,12 @@ class Protocol:
     def line(self) -> str:
         """Render the protocol in one line."""
         reference, features = self.reference, self.features
-        size = "unknown number of" if reference.count is None else f"{reference.count:,}"
+        size = "moments as given" if reference.count is None else f"{reference.count:,} images"
         precision = "" if features.precision == "float32" else f", {features.precision}"
         parts = [
             f"{self.sample_count:,} samples",
             self._sampling(),
-            f"reference {reference.name} ({size} images, {reference.fingerprint[:12]})",
+            f"reference {reference.name} ({size}, {reference.fingerprint[:12]})",
             f"features {features.name} ({features.architecture}) at {features.input_size} px, "
             f"weights {features.weights_hash[:12]}{precision}",
             self.image_conversion,
@@ -121,6 +125,8 @@ class Protocol:
         if self.manifold:
             text = "manifolds of {samples:,} samples and {reference:,} reference images, k = {neighbours}"
             parts.append(text.format(**self.manifold))
+        if self.inception_score:
+            parts.append("IS over {chunks} contiguous chunks of {chunk:,}".format(**self.inception_score))
         return "; ".join(parts)
 
     def _sampling(self) -> str:
@@ -158,9 +164,9 @@ def network_label(name: str) -> str:
 def metric_label(metric: str, network: str) -> str:
     """Return the printed name of a metric, such as ``FD-MobileNetV2``.
 
-    Only a distance in the ADM suite's Inception features may be called FID or plain KID.
+    Only scores in the ADM suite's Inception features may be called FID, sFID, IS or plain KID.
     """
     if network == INCEPTION:
-        return "FID" if metric == "fd" else _METRIC_NAMES[metric]
+        return {"fd": "FID", "sfid": "sFID"}.get(metric, _METRIC_NAMES[metric])
     name = _METRIC_NAMES[metric]
-    return f"{name}-{network_label(network)}" if metric in ("fd", "kid") else name
+    return name if metric in ("precision", "recall") else f"{name}-{network_label(network)}"

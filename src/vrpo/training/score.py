@@ -9,7 +9,7 @@ import torch
 from vrpo.config import RunConfig
 from vrpo.data.shards import ShardedDataset
 from vrpo.evaluation.evaluate import evaluate_images
-from vrpo.evaluation.features import load_reference
+from vrpo.evaluation.reference import load_reference
 from vrpo.sampling import ImageSampler, sample_labels
 from vrpo.vision.encoders import load_feature_network
 

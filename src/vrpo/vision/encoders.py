@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vrpo.errors import ConfigError
+from vrpo.vision import inception
 from vrpo.vision.backbone import Backbone, EncoderOutput
 
 CONV_NAME = "vrpo-conv"
@@ -236,11 +237,16 @@ def load_feature_network(
     input_size: int | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-) -> FeatureNetwork:
+) -> FeatureNetwork | inception.InceptionNetwork:
     """Return the frozen network ``name`` for pooled features, at its own input size unless told another.
 
-    Arguments and errors are those of :func:`load_encoder`.
+    Arguments and errors are those of :func:`load_encoder`; ``inception`` is the network of FID, in float32 always,
+    and a file of :func:`vrpo.vision.convnet.fit_encoder` may stand for its own name.
     """
+    if name == inception.NAME:
+        return inception.load_inception(weights=weights, input_size=input_size, device=device)
+    if Path(name).suffix == ".safetensors" and weights is None:
+        name, weights = CONV_NAME, name
     backbone = _load_backbone(name, weights=weights, feature=None)
     size = _checked_input(backbone, input_size if input_size is not None else backbone.default_input)
     return FeatureNetwork(backbone, input_size=size, **_placement(device, dtype))

@@ -1,0 +1,278 @@
+"""The commands about numbers: ``evaluate``, ``evaluate stats`` and ``evaluate parity``."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from pydantic import Field
+from tyro.conf import Positional
+
+from vrpo.commands.images import Drawing
+from vrpo.commands.outputs import check_output
+from vrpo.commands.parse import parse
+from vrpo.config import Count
+from vrpo.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import torch
+
+    from vrpo.evaluation.evaluate import EvaluationResult
+    from vrpo.evaluation.features import FeatureNetwork
+    from vrpo.evaluation.reference import Reference
+    from vrpo.sampling import RunSampler
+
+Metric = Literal["fd", "sfid", "is", "kid", "precision", "recall"]
+SAMPLES = 10_000
+
+
+@dataclass
+class Judge:
+    """The network whose features are compared."""
+
+    features: str
+    """Feature network: inception, dinov2-vit-{s,b,l,g}, a timm name, transformers:NAME, or a file of `vrpo encoder
+    fit`."""
+    features_weights: Path | None = None
+    """Local weights file of the feature network."""
+    features_size: Annotated[int, Field(ge=8)] | None = None
+    """Side its input is resized to; default its own."""
+
+    def load(self, device: torch.device) -> FeatureNetwork:
+        """Return the network, in float32."""
+        import torch
+
+        from vrpo.vision.encoders import load_feature_network
+
+        weights: Any = self.features_weights
+        if weights is not None and str(weights) == "random":
+            weights = "random"
+        return load_feature_network(
+            self.features, weights=weights, input_size=self.features_size, device=device, dtype=torch.float32
+        )
+
+
+@dataclass
+class Evaluate:
+    """Score images against reference images in a feature network, and print the protocol beside the numbers."""
+
+    sources: Positional[tuple[Path, ...]]
+    """Runs, folders or zips of images, npz files (ADM layout), or prepared data sets."""
+    reference: Path
+    """Prepared data set, folder, zip or npz (ADM reference, or of `vrpo evaluate stats`) to score against."""
+    judge: tyro.conf.OmitArgPrefixes[Judge]
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] | None = None
+    """What is computed; default fd, sfid, is, precision and recall by inception, fd, kid, precision and recall else."""
+    samples: Annotated[Count, Field(gt=1)] | None = None
+    """Images to score: drawn from a run (default 10,000), or the first of a folder or file (default all)."""
+    out: Path | None = None
+    """JSON file to write; default in the folder of each run."""
+    drawing: tyro.conf.OmitArgPrefixes[Drawing] = dataclasses.field(default_factory=Drawing)
+
+
+def evaluate(words: list[str]) -> int:
+    """Score images."""
+    options, _ = parse(Evaluate, words, "evaluate")
+    if not options.sources:
+        raise ConfigError("vrpo evaluate needs something to score: vrpo evaluate RUN --reference R --features F.")
+
+    from rich.console import Console
+
+    from vrpo.evaluation.evaluate import check_reference, chosen_metrics, results_table, write_json
+    from vrpo.evaluation.reference import load_reference
+    from vrpo.training.setup import resolve_device
+
+    for source in options.sources:
+        if not source.exists():
+            raise DataError(f"there is nothing at {source}: give a run, a folder or an npz file.")
+    _check_reference_path(options.reference)
+    if options.out is not None:
+        check_output(options.out)
+    device = resolve_device(options.drawing.device)
+    network = options.judge.load(device)
+    metrics = chosen_metrics(options.metrics, network)
+    # Everything that can be refused is asked for before any image is drawn, which may take hours.
+    subjects = [_Subject.open(source, options, device) for source in options.sources]
+    _check_count(options.samples, metrics)
+    reference = load_reference(options.reference, network, progress=sys.stderr.isatty())
+    check_reference(reference, metrics)
+    results: dict[str, EvaluationResult] = {}
+    records = []
+    for subject in subjects:
+        result = subject.score(reference, network, metrics, options)
+        results[str(subject.source)] = result
+        records.append(result.record(source=str(subject.source), **subject.about))
+        if options.out is None and subject.run is not None:
+            out = subject.source / "evaluations" / _file_name(subject.run.loaded.step, options.judge.features, result)
+            result.save(out, **subject.about)
+            print(f"Written: {out}")
+    Console().print(results_table(results) if len(results) > 1 else next(iter(results.values())).table())
+    if options.out is not None:
+        write_json(options.out, records[0] if len(records) == 1 else {"evaluations": records})
+        print(f"Written: {options.out}")
+    return 0
+
+
+@dataclass
+class _Subject:
+    """Something to score, opened."""
+
+    source: Path
+    run: RunSampler | None
+    about: dict[str, int]
+
+    @classmethod
+    def open(cls, source: Path, options: Evaluate, device: torch.device) -> _Subject:
+        from vrpo.sampling import RunSampler
+
+        if not (source / "config.yaml").is_file():
+            return cls(source, None, {})
+        if options.out is None:
+            check_output(source / "evaluations", folder=True)
+        drawing = options.drawing
+        run = RunSampler(source, drawing.settings(), drawing.weights, device)
+        return cls(source, run, {})
+
+    def score(
+        self, reference: Reference, network: FeatureNetwork, metrics: tuple[str, ...], options: Evaluate
+    ) -> EvaluationResult:
+        from vrpo.display import TrainingDisplay
+        from vrpo.evaluation.evaluate import evaluate_images
+        from vrpo.evaluation.images import first_images, open_images
+
+        drawing = options.drawing
+        images: Any
+        fields: dict[str, Any] = {}
+        if self.run is None:
+            images = open_images(self.source)
+            if options.samples is not None:
+                images = first_images(images, options.samples)
+        else:
+            with TrainingDisplay() as display:
+                images, _ = self.run.draw(
+                    options.samples or SAMPLES,
+                    drawing.labels,
+                    drawing.seed,
+                    lambda done, total: display.progress("sampling", done, total),
+                )
+            fields = self.run.protocol(drawing.labels, drawing.seed)
+            self.about = {"step": self.run.loaded.step, "images": self.run.loaded.images}
+        return evaluate_images(
+            images, reference, network, metrics=metrics, protocol_fields=fields, progress=sys.stderr.isatty()
+        )
+
+
+def _check_reference_path(reference: Path) -> None:
+    if not reference.exists():
+        raise DataError(f"there is nothing at --reference {reference}: give a data set, a folder or an npz.")
+
+
+def _check_count(samples: int | None, metrics: tuple[str, ...]) -> None:
+    from vrpo.evaluation.evaluate import least_images
+
+    if samples is not None and samples < least_images(metrics):
+        raise ConfigError(
+            f"--samples {samples} is too few for {', '.join(metrics)}: give at least {least_images(metrics)}."
+        )
+
+
+def _file_name(step: int, network: str, result: EvaluationResult) -> str:
+    """Return a name that is the same only for the same step, metrics and protocol."""
+    content = json.dumps([sorted(result.metrics), result.protocol], sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+    name = "vrpo-conv" if Path(network).suffix == ".safetensors" else network
+    return f"step-{step:08d}-{re.sub('[^A-Za-z0-9._]+', '-', name).strip('-')}-{digest}.json"
+
+
+@dataclass
+class Stats:
+    """Save the statistics of reference images: a file that `vrpo evaluate --reference` takes in their place."""
+
+    source: Positional[Path]
+    """Prepared data set, folder or zip of images, or npz (ADM layout)."""
+    out: Path
+    """File to write (.npz): mu and sigma, mu_s and sigma_s by inception, and the vectors of at most 10,000 images."""
+    judge: tyro.conf.OmitArgPrefixes[Judge]
+    batch_size: Annotated[int, Field(gt=0)] = 64
+    """Images at once."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+def stats(words: list[str]) -> int:
+    """Save reference statistics."""
+    options, _ = parse(Stats, words, "evaluate stats")
+    if options.out.suffix != ".npz":
+        raise ConfigError(f"--out {options.out} is no .npz file: give the name of one, such as stats.npz.")
+    if not options.source.exists():
+        raise DataError(f"there is nothing at {options.source}: give a data set, a folder, a zip or an npz file.")
+    check_output(options.out)
+
+    from vrpo.evaluation.reference import load_reference
+    from vrpo.training.setup import resolve_device
+
+    network = options.judge.load(resolve_device(options.device))
+    reference = load_reference(options.source, network, batch_size=options.batch_size, progress=sys.stderr.isatty())
+    reference.save(options.out)
+    count = "" if reference.record.count is None else f" of {reference.record.count:,} images"
+    print(
+        f"Statistics in {reference.features.name} features{count}, {reference.statistics.width:,} wide: {options.out}"
+    )
+    return 0
+
+
+@dataclass
+class Parity:
+    """Score a pair of sample and reference files, and compare with the values published for them."""
+
+    samples: Positional[Path]
+    """Sample file: npz in ADM layout, folder or zip."""
+    reference: Positional[Path]
+    """Reference file: npz in ADM layout, or any reference."""
+    features: str = "inception"
+    """Feature network, as in `vrpo evaluate`."""
+    features_weights: Path | None = None
+    """Local weights file of the feature network."""
+    expect: tuple[str, ...] = ()
+    """Published values, such as fd=2.27 sfid=4.6 is=278.2 precision=0.83 recall=0.57."""
+    tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.01
+    """Largest relative difference that counts as the same number."""
+    out: Path | None = None
+    """JSON file to write."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+def parity(words: list[str]) -> int:
+    """Compare with published values; the exit code is 1 where one differs."""
+    options, _ = parse(Parity, words, "evaluate parity")
+
+    from rich.console import Console
+
+    from vrpo.evaluation.evaluate import evaluate_images
+    from vrpo.evaluation.parity import compare_published, parse_expected
+    from vrpo.training.setup import resolve_device
+
+    expected = parse_expected(options.expect)
+    for path in (options.samples, options.reference):
+        if not path.exists():
+            raise DataError(f"there is nothing at {path}: give an npz file, a folder or a zip of images.")
+    if options.out is not None:
+        check_output(options.out)
+    network = Judge(options.features, options.features_weights).load(resolve_device(options.device))
+    result = evaluate_images(
+        options.samples, options.reference, network, metrics=tuple(expected) or None, progress=sys.stderr.isatty()
+    )
+    comparison = compare_published(result, expected, options.tolerance)
+    Console().print(comparison.table())
+    if options.out is not None:
+        result.save(options.out, published=comparison.record())
+        print(f"Written: {options.out}")
+    return 0 if comparison.agrees else 1

@@ -1,0 +1,219 @@
+"""Images to be scored: data sets, folders, archives, arrays and tensors as batches in a fixed order."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vrpo.data.shards import MANIFEST, ShardedDataset
+from vrpo.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from vrpo.data.sources import Entry, Source
+
+_DECODERS = 4
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images to be scored: ``batches(size)`` yields uint8 (B, 3, H, W) in a fixed order, ``count`` in all.
+
+    ``identify`` returns text that changes whenever the images do, asked of reference images only; ``folder``
+    is where their features may be kept, if anywhere.
+    """
+
+    name: str
+    count: int
+    batches: Callable[[int], Iterator[Tensor]]
+    identify: Callable[[], str] = str
+    folder: Path | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What ``identify`` returned, asked once."""
+        return self.identify()
+
+
+ImageLike = ImageSet | ShardedDataset | Tensor | str | os.PathLike[str]
+
+
+def open_images(source: ImageLike) -> ImageSet:
+    """Open a prepared data set, a folder or zip of images, an ``.npz``, or a tensor, as an `ImageSet`.
+
+    An ``.npz`` holds ``arr_0``, uint8 (N, H, W, 3), as the ADM evaluator reads it; a tensor is uint8 (N, 3,
+    H, W). Raises EvaluationError or DataError where it holds no images or cannot be read.
+    """
+    if isinstance(source, ImageSet):
+        return source
+    if isinstance(source, Tensor):
+        return _from_tensor(source)
+    if isinstance(source, ShardedDataset):
+        return _from_dataset(source)
+    path = Path(source)
+    if (path / MANIFEST).is_file():
+        return _from_dataset(ShardedDataset(path))
+    if path.suffix == ".npz":
+        return _from_npz(path)
+    from vrpo.data.sources import open_source
+
+    return _from_source(open_source(path))
+
+
+def first_images(images: ImageSet, count: int) -> ImageSet:
+    """Return the first ``count`` images of a set; raises EvaluationError where there are fewer."""
+    if images.count < count:
+        raise EvaluationError(
+            f"There are {images.count:,} images in {images.name} and {count:,} were asked for; give more, or lower "
+            "the number of samples."
+        )
+
+    def batches(size: int) -> Iterator[Tensor]:
+        left = count
+        for batch in images.batches(min(size, count)):
+            yield batch[:left]
+            left -= len(batch)
+            if left <= 0:
+                return
+
+    return ImageSet(images.name, count, batches)
+
+
+def _from_tensor(images: Tensor) -> ImageSet:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise EvaluationError(
+            f"Images are a {images.dtype} tensor of shape {tuple(images.shape)}; give uint8 (N, 3, H, W)."
+        )
+
+    def identify() -> str:
+        digest = hashlib.sha256(repr(tuple(images.shape)).encode())
+        for part in images.split(1024):
+            digest.update(part.contiguous().cpu().numpy().data)
+        return digest.hexdigest()
+
+    return ImageSet("images in memory", len(images), lambda size: iter(images.split(size)), identify)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.features")
+
+
+def _from_dataset(dataset: ShardedDataset) -> ImageSet:
+    def batches(size: int) -> Iterator[Tensor]:
+        for start in range(0, len(dataset), size):
+            yield dataset.read(np.arange(start, min(start + size, len(dataset))))[0]
+
+    name, folder = dataset.path.resolve().name, dataset.path / "features"
+    return ImageSet(name, len(dataset), batches, lambda: dataset.fingerprint, folder)
+
+
+def _from_source(source: Source) -> ImageSet:
+    """Images of a folder or zip, all of one size; equal files have equal fingerprints in either."""
+
+    def identify() -> str:
+        digest = hashlib.sha256()
+        for entry, content in zip(source.entries, _contents(source, source.entries), strict=True):
+            digest.update(f"{entry.key}\0{len(content)}\0".encode())
+            digest.update(content)
+        return digest.hexdigest()
+
+    def batches(size: int) -> Iterator[Tensor]:
+        shape: tuple[int, ...] | None = None
+        with ThreadPoolExecutor(_DECODERS) as pool:
+            for start in range(0, len(source.entries), size):
+                entries = source.entries[start : start + size]
+                decoded = list(pool.map(_decode, _contents(source, entries), (entry.key for entry in entries)))
+                shape = shape or decoded[0].shape
+                for entry, image in zip(entries, decoded, strict=True):
+                    if image.shape != shape:
+                        raise EvaluationError(
+                            f"'{source.name}' mixes image sizes: '{entry.key}' has "
+                            f"{image.shape[1]}x{image.shape[0]} pixels where the first image has "
+                            f"{shape[1]}x{shape[0]}; bring all to one size with 'vrpo prepare'."
+                        )
+                yield torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).contiguous()
+
+    return ImageSet(source.name, len(source.entries), batches, identify, _beside(source.path))
+
+
+def _contents(source: Source, entries: Sequence[Entry]) -> Iterator[bytes]:
+    for entry in entries:
+        with source.open(entry) as stream:
+            yield stream.read()
+
+
+def _decode(content: bytes, key: str) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # decoders raise any type on damaged bytes
+        raise EvaluationError(f"Image '{key}' cannot be decoded ({error}); replace it or remove it.") from error
+
+
+def _from_npz(path: Path) -> ImageSet:
+    """Images of ``arr_0``, uint8 (N, H, W, 3), read as a stream: 50,000 at 256 px are 10 GB."""
+    if "arr_0" not in npz_members(path):
+        raise EvaluationError(
+            f"{path} holds no images (no array 'arr_0'); give an .npz with uint8 images (N, H, W, 3)."
+        )
+    with zipfile.ZipFile(path) as archive:
+        checksum = archive.getinfo("arr_0.npy").CRC
+        with archive.open("arr_0.npy") as stream:
+            shape, dtype = _npy_header(stream, path)
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[0] == 0:
+        raise EvaluationError(
+            f"'arr_0' of {path} is {dtype} of shape {shape}; give uint8 images (N, H, W, 3) with N > 0."
+        )
+    image_bytes = int(np.prod(shape[1:]))
+
+    def batches(size: int) -> Iterator[Tensor]:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
+            _npy_header(stream, path)
+            for start in range(0, shape[0], size):
+                count = min(size, shape[0] - start)
+                try:
+                    content = stream.read(count * image_bytes)
+                    pixels = np.frombuffer(content, dtype=np.uint8).reshape(count, *shape[1:])
+                except (ValueError, EOFError, zipfile.BadZipFile) as error:
+                    raise EvaluationError(f"{path} is damaged ({error}); write it again.") from error
+                yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).contiguous()
+
+    fingerprint = hashlib.sha256(repr(("npz", shape, checksum)).encode()).hexdigest()
+    return ImageSet(path.name, shape[0], batches, lambda: fingerprint, _beside(path))
+
+
+def npz_members(path: Path) -> dict[str, int]:
+    """Return the names of the arrays in an ``.npz``, each with the CRC-32 of its content."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {member.filename.removesuffix(".npy"): member.CRC for member in archive.infolist()}
+    except FileNotFoundError as error:
+        raise EvaluationError(f"There is no {path}; give an existing .npz file.") from error
+    except (OSError, zipfile.BadZipFile) as error:
+        raise EvaluationError(f"{path} is no readable .npz file ({error}); write it again.") from error
+
+
+def _npy_header(stream: Any, path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    try:
+        version = np.lib.format.read_magic(stream)
+        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = reader(stream)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise EvaluationError(f"'arr_0' of {path} is no array ({error}); write the file again.") from error
+    if fortran_order:
+        raise EvaluationError(f"'arr_0' of {path} is in Fortran order; save numpy.ascontiguousarray of it.")
+    return shape, dtype
