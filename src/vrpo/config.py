@@ -101,7 +101,8 @@ class EncoderConfig(Section):
     """A frozen encoder whose tokens are the alignment targets."""
 
     name: str = Field(
-        "dinov2-vit-b", description="timm name, transformers:NAME_OR_PATH, dinov2-vit-{s,b,l,g}, or vrpo-conv."
+        "dinov2-vit-b",
+        description="Short name (docs/encoders.md), timm name, transformers:NAME_OR_PATH, folder, or vrpo-conv.",
     )
     weights: str | None = Field(None, description="Local weights file; None: the library's own; 'random'.")
     feature: int | None = Field(None, description="Feature map of a convolutional network (index, may be < 0).")
@@ -110,6 +111,7 @@ class EncoderConfig(Section):
     center: bool | None = Field(None, description="Subtract the mean token; None: for convolutional networks only.")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 else.")
     cache: bool = Field(False, description="Compute all tokens once and store them beside the data (fp16).")
+    cache_limit: float = Field(10.0, gt=0, description="GiB of tokens that are written without another word.")
 
 
 class HasteConfig(Section):

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 import vrpo.vision.cache as cache_module
-from vrpo.errors import DataError
+from vrpo.errors import ConfigError, DataError
 from vrpo.vision.cache import TokenCache
 from vrpo.vision.encoders import Encoder, load_encoder
 
@@ -43,6 +45,19 @@ def test_cached_tokens_are_those_computed_online(tmp_path, encoder, rows):
     assert (found.float() - mirrored_grid)[0].abs().max() > 1e-3  # the image is mirrored, not its tokens
     size = sum(path.stat().st_size for path in cache.folder.glob("part-*.npy"))
     assert cache.bytes < size < cache.bytes + 128 * (cache.parts + 1)
+
+
+def test_a_large_cache_is_agreed_to_first(tmp_path, encoder, rows, monkeypatch):
+    cache = TokenCache(tmp_path, encoder, rows, flips=True)
+    monkeypatch.setattr(cache, "bytes", 504 * 10**9)
+    with pytest.raises(ConfigError, match=r"for 23 images take 469\.4 GiB in .*: agree to that with .* 470, or"):
+        cache.check_room(10)
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**33))
+    with pytest.raises(DataError, match=r"take 469\.4 GiB in .*, and only 8\.0 GiB are free there: make room"):
+        cache.check_room(500)
+    monkeypatch.setattr(cache, "bytes", 2**32)
+    cache.check_room(10)
+    assert not cache.folder.exists()
 
 
 def test_an_interrupted_build_resumes_at_the_part(tmp_path, encoder, rows):

@@ -63,7 +63,8 @@ class Targets:
                 )
             self.encoders.append(encoder)
             self._centred.append(encoder.family == "conv" if config.center is None else config.center)
-            self._caches.append(self._cache(encoder, dataset, flip, say, progress) if config.cache else None)
+            cache = self._cache(encoder, dataset, flip, config.cache_limit, say, progress) if config.cache else None
+            self._caches.append(cache)
         self.means: list[Tensor | None] = [None] * len(self.encoders)
 
     @property
@@ -127,11 +128,13 @@ class Targets:
         encoder: Encoder,
         dataset: ShardedDataset,
         flip: bool,
+        limit: float,
         say: Say,
         progress: Callable[[str, int, int], None] | None,
     ) -> TokenCache:
         cache = TokenCache(dataset.path / "tokens", encoder, dataset, flips=flip)
         if not cache.complete:
+            cache.check_room(limit)
             say(f"Caching the tokens of {encoder.name}: {cache.bytes / 2**30:.2f} GiB at {cache.folder}.")
             cache.build(progress=None if progress is None else lambda done, of: progress("tokens", done, of))
         return cache

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vrpo.errors import DataError
+from vrpo.errors import ConfigError, DataError
 from vrpo.vision.backbone import EncoderOutput
 from vrpo.vision.encoders import Encoder
 from vrpo.vision.rows import ImageRows
@@ -65,6 +67,29 @@ class TokenCache:
     def complete(self) -> bool:
         """Whether the tokens of every row are there."""
         return len(self._hashes) == self.parts
+
+    def check_room(self, limit: float) -> None:
+        """Refuse a cache of more than ``limit`` GiB, or of more than what is free on its disk.
+
+        Raises:
+            ConfigError: it is larger than was agreed to.
+            DataError: there is too little room for what is still missing.
+        """
+        size = self.bytes / 2**30
+        what = f"The tokens of {self.encoder.name} for {self.rows:,} images take {size:,.1f} GiB in {self.folder}"
+        if size > limit:
+            raise ConfigError(
+                f"{what}: agree to that with --encoder.cache-limit {math.ceil(size)}, or compute them online with "
+                "--encoder.cache False."
+            )
+        missing = size * (1 - len(self._hashes) / self.parts)
+        existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
+        free = shutil.disk_usage(existing).free / 2**30
+        if missing > free:
+            raise DataError(
+                f"{what}, and only {free:,.1f} GiB are free there: make room, or compute them online with "
+                "--encoder.cache False."
+            )
 
     def build(self, *, batch_size: int = 64, progress: Callable[[int, int], None] | None = None) -> TokenCache:
         """Compute what is missing, part by part, and return self; interrupted, it goes on at the next part.

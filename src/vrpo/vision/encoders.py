@@ -186,8 +186,8 @@ def load_encoder(
     """Return the frozen encoder ``name`` with tokens on a ``grid`` x ``grid`` grid.
 
     Args:
-        name: a timm architecture, an alias such as ``dinov2-vit-b``, ``transformers:NAME_OR_PATH``, a folder
-            with config.json, or ``vrpo-conv``.
+        name: a short name such as ``dinov2-vit-b`` (``vrpo.vision.catalogue``), a timm architecture,
+            ``transformers:NAME_OR_PATH``, a folder of either library's layout, or ``vrpo-conv``.
         weights: a local file; ``"random"``; or None for the published weights.
         grid: tokens along a side, as the trunk has them.
         feature: which block's tokens or which feature map is read (0-based, or negative from the end);
@@ -254,12 +254,12 @@ def load_feature_network(
 
 def _load_backbone(name: str, *, weights: str | Path | None, feature: int | None) -> Backbone:
     from vrpo.vision.convnet import load_conv
-    from vrpo.vision.timm_encoder import load_timm
+    from vrpo.vision.timm_encoder import is_timm_folder, load_timm
     from vrpo.vision.transformers_encoder import is_transformers, load_transformers
 
     if name == CONV_NAME:
         return load_conv(weights, feature=feature)
-    if is_transformers(name):
+    if is_transformers(name) and not is_timm_folder(name):
         return load_transformers(name, weights=weights, feature=feature)
     if Path(name).suffix in {".safetensors", ".pt", ".pth"}:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -13,15 +14,15 @@ from torch import Tensor, nn
 from vrpo.errors import CheckpointError, ConfigError, nearest
 from vrpo.files import sha256_file
 from vrpo.vision.backbone import Backbone
-from vrpo.vision.weight_files import fit_weights, read_weights, state_hash
+from vrpo.vision.catalogue import ENCODERS, Entry
+from vrpo.vision.checkpoint_keys import plain_keys
+from vrpo.vision.weight_files import fit_weights, misfit, read_weights, state_hash
 
-ALIASES = {
-    f"dinov2-vit-{letter}{suffix}": f"vit_{size}_patch14_{registers}dinov2.lvd142m"
-    for letter, size in {"s": "small", "b": "base", "l": "large", "g": "giant"}.items()
-    for suffix, registers in {"": "", "-reg": "reg4_"}.items()
-}
+TIMM_SOURCE = "local-dir:"
 LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3
 PROBE = 128
+# What timm's renaming of keys raises where it meets another architecture's.
+CONVERSION_ERRORS = (KeyError, RuntimeError, ValueError, AssertionError, AttributeError)
 
 
 class TimmBackbone(Backbone):
@@ -131,11 +132,23 @@ class TimmBackbone(Backbone):
             )
 
 
-def load_timm(name: str, *, weights: str | Path | None, feature: int | None) -> TimmBackbone:
-    """Return the timm network ``name`` (or an alias such as ``dinov2-vit-b``) with its weights.
+def is_timm_folder(name: str) -> bool:
+    """Return whether ``name`` is a folder in timm's layout: config.json with an architecture, model.safetensors."""
+    file = Path(name) / "config.json"
+    if not file.is_file():
+        return False
+    try:
+        settings = json.loads(file.read_text("utf-8"))
+    except (ValueError, OSError):
+        return False
+    return isinstance(settings, dict) and "architecture" in settings and "model_type" not in settings
 
-    ``weights`` is a local file, ``"random"``, or None for timm's published weights (needs a network or a
-    filled cache).
+
+def load_timm(name: str, *, weights: str | Path | None, feature: int | None) -> TimmBackbone:
+    """Return the timm network ``name``: a short name such as ``dinov2-vit-b``, timm's own, or a folder.
+
+    ``weights`` is a local file, ``"random"``, or None for a folder's own or timm's published weights (which need
+    a network or a filled cache).
 
     Raises:
         ConfigError: no such architecture or feature.
@@ -143,57 +156,106 @@ def load_timm(name: str, *, weights: str | Path | None, feature: int | None) -> 
     """
     import timm
 
-    target = ALIASES.get(name, name)
-    if not timm.is_model(target):
-        choices = [*ALIASES, "vrpo-conv", *timm.list_models()]
-        raise ConfigError(f"There is no encoder '{name}': {nearest(name, choices)}")
+    entry, folder = ENCODERS.get(name), Path(name) if is_timm_folder(name) else None
+    if folder is not None:
+        target = f"{TIMM_SOURCE}{folder}"
+        weights = folder / "model.safetensors" if weights is None else weights
+    else:
+        target = name if entry is None else entry.timm
+        if not timm.is_model(target):
+            choices = [*ENCODERS, "vrpo-conv", *timm.list_models()]
+            raise ConfigError(f"There is no encoder '{name}': {nearest(name, choices)}")
+    if weights is None and entry is not None and not entry.published:
+        raise CheckpointError(
+            f"timm has no weights of '{name}': give its published file as the encoder's weights (.safetensors or "
+            ".pth); its keys are converted."
+        )
     published = weights is None
     try:
-        network = _create(target, pretrained=published)
-    except (OSError, RuntimeError, ValueError) as error:
+        network = _create(target, entry, pretrained=published)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        if folder is not None:
+            raise CheckpointError(
+                f"The folder {folder} does not describe a network that timm can build "
+                f"({type(error).__name__}): get its config.json again."
+            ) from error
         if not published:
             raise
+        also = f", or the folder of '{entry.hub}' as the encoder's name" if entry is not None and entry.hub else ""
         raise CheckpointError(
             f"The published weights of '{name}' could not be had ({type(error).__name__}): "
-            f"give a local file of them as the encoder's weights (.safetensors or .pth)."
+            f"give a local file of them as the encoder's weights (.safetensors or .pth){also}."
         ) from error
     if weights is None or weights == "random":
         return TimmBackbone(name, network, feature=feature, weights_hash=state_hash(network))
     path = Path(weights)
+    state = plain_keys(read_weights(path))
+    try:
+        converted = _convert(state, network)
+    except CONVERSION_ERRORS as error:
+        raise CheckpointError(
+            f"{path} does not hold the weights of '{name}' ({type(error).__name__}: {error}); {what_fits(state)}"
+        ) from error
     fit_weights(
         network,
-        _converted(read_weights(path), network, name, path),
+        converted,
         architecture=name,
         source=path,
         may_be_extra=_classifier_names(network),
+        remedy=lambda: what_fits(state),
     )
     return TimmBackbone(name, network, feature=feature, weights_hash=sha256_file(path))
 
 
-def _create(target: str, *, pretrained: bool) -> nn.Module:
+def what_fits(state: dict[str, Any]) -> str:
+    """Return a clause that names the short names whose networks take ``state`` whole."""
+    kernel = state.get("patch_embed.proj.weight")
+    if isinstance(kernel, Tensor) and kernel.ndim == 4:
+        depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+        shape = (kernel.shape[0], kernel.shape[-1], depth)
+        alike = [name for name, entry in ENCODERS.items() if (entry.width, entry.patch, entry.depth) == shape]
+        found = [name for name in alike if _takes(ENCODERS[name], state)]
+        if found:
+            return f"the file fits {' or '.join(found)}."
+        return f"it is a ViT of width {shape[0]}, patch {shape[1]} and {depth} blocks: name that architecture."
+    return "give the architecture that the file was saved from."
+
+
+def _takes(entry: Entry, state: dict[str, Any]) -> bool:
+    with torch.device("meta"):
+        network = _create(entry.timm, entry, pretrained=False)
+    try:
+        converted = _convert(state, network)
+    except CONVERSION_ERRORS:
+        return False
+    return misfit(network, converted, _classifier_names(network)) is None
+
+
+def _create(target: str, entry: Entry | None, *, pretrained: bool) -> nn.Module:
     import timm
 
+    arguments: dict[str, Any] = {"num_classes": 0}
+    if entry is not None and entry.heads is not None:
+        arguments["num_heads"] = entry.heads
+    if entry is not None and entry.statistics is not None:
+        mean, std = entry.statistics
+        arguments["pretrained_cfg_overlay"] = {"mean": mean, "std": std}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # random weights are the same ones each time
         try:
-            network = timm.create_model(target, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+            network = timm.create_model(target, pretrained=pretrained, dynamic_img_size=True, **arguments)
         except TypeError:  # not a transformer whose positions can be resized
-            network = timm.create_model(target, pretrained=pretrained, num_classes=0)
+            network = timm.create_model(target, pretrained=pretrained, **arguments)
     return network.eval()
 
 
-def _converted(state: dict[str, Any], network: nn.Module, name: str, path: Path) -> dict[str, Any]:
+def _convert(state: dict[str, Any], network: nn.Module) -> dict[str, Any]:
     """Let timm rename the keys of the original release and resize its position table."""
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    if convert is None:
-        return state
-    try:
-        return convert(state, network)
-    except (KeyError, RuntimeError, ValueError, AssertionError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} does not hold the weights of '{name}' ({type(error).__name__}: {error}); "
-            "give the architecture that the file was saved from."
-        ) from error
+    kernel, own = state.get("patch_embed.proj.weight"), network.state_dict().get("patch_embed.proj.weight")
+    # Patches of another size, which timm would resize without a word, are another network's.
+    other_patch = isinstance(kernel, Tensor) and own is not None and kernel.shape[-1] != own.shape[-1]
+    return state if convert is None or other_patch else convert(dict(state), network)
 
 
 def _classifier_names(network: nn.Module) -> list[str]:

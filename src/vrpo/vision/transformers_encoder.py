@@ -20,6 +20,9 @@ FAMILY_STATISTICS = {
     "clip": (CLIP_MEAN, CLIP_STD),
     "siglip": (HALF, HALF),
     "siglip2": (HALF, HALF),
+    "siglip_vision_model": (HALF, HALF),
+    "siglip2_vision_model": (HALF, HALF),
+    "clip_vision_model": (CLIP_MEAN, CLIP_STD),
     "vit": (HALF, HALF),
     "beit": (HALF, HALF),
 }
@@ -47,6 +50,7 @@ class TransformersBackbone(Backbone):
         patch = getattr(config, "patch_size", None)
         self.patches = isinstance(patch, int)
         self.default_input = int(getattr(config, "image_size", None) or 224)
+        self.kind = str(config.model_type)
         self.options: dict[str, Any] = {}
         if "interpolate_pos_encoding" in inspect.signature(network.forward).parameters:
             self.options["interpolate_pos_encoding"] = True
@@ -91,7 +95,7 @@ class TransformersBackbone(Backbone):
 
         The pooling layer on top of a class token is not used: many published files lack its weights.
         """
-        output = self.network(images, **self.options)
+        output = self._run(images)
         states = output.last_hidden_state
         if self.prefix:
             return states[:, 0]
@@ -102,8 +106,8 @@ class TransformersBackbone(Backbone):
 
     def _forward(self, images: Tensor) -> Tensor:
         if self.index is None:
-            return self.network(images, **self.options).last_hidden_state
-        states = self.network(images, output_hidden_states=True, **self.options).hidden_states[1:]
+            return self._run(images).last_hidden_state
+        states = self._run(images, output_hidden_states=True).hidden_states[1:]
         count = len(states)
         if not -count <= self.index < count:
             closest = min(max(self.index, -count), count - 1)
@@ -112,6 +116,22 @@ class TransformersBackbone(Backbone):
                 f"the nearest is {closest}."
             )
         return states[self.index]
+
+    def _run(self, images: Tensor, **options: Any) -> Any:
+        """Call the network so that it sees every patch of ``images``, in their order."""
+        options = {**self.options, **options}
+        count = (images.shape[-1] // self.stride) ** 2 if self.patches else 0
+        if self.kind == "vit_mae":
+            # With nothing hidden the noise is only an order, and rising noise is the order of the image.
+            order = torch.arange(count, device=images.device).expand(len(images), count)
+            return self.network(images, noise=order, **options)
+        if self.kind == "siglip2_vision_model":
+            side = self.stride
+            patches = images.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 3, 5, 1)
+            shape = torch.tensor(patches.shape[1:3], device=images.device).expand(len(images), 2)
+            seen = torch.ones(len(images), count, dtype=torch.int32, device=images.device)
+            return self.network(patches.flatten(3).flatten(1, 2), seen, shape, **options)
+        return self.network(images, **options)
 
     @torch.no_grad()
     def _states(self, side: int) -> Tensor:
@@ -138,11 +158,9 @@ def load_transformers(name: str, *, weights: str | Path | None, feature: int | N
     try:
         config = AutoConfig.from_pretrained(source)
         if config.model_type == "vit_mae":
-            raise ConfigError(
-                f"Encoder '{name}' hides patches at random: use timm's 'vit_base_patch16_224.mae' instead."
-            )
+            config.mask_ratio = 0.0
         if weights is None:
-            model = AutoModel.from_pretrained(source, dtype=torch.float32)
+            model = AutoModel.from_pretrained(source, config=config, dtype=torch.float32)
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
@@ -178,6 +196,10 @@ def _statistics(source: str, model_type: str) -> tuple[tuple[float, ...], tuple[
         settings = json.loads(Path(found).read_text()) if found else {}
     except OSError:
         settings = {}
-    if "image_mean" in settings and "image_std" in settings:
-        return tuple(settings["image_mean"]), tuple(settings["image_std"])
-    return FAMILY_STATISTICS.get(model_type, (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = FAMILY_STATISTICS.get(model_type, (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = settings.get("image_mean") or mean, settings.get("image_std") or std
+    if not settings.get("do_normalize", True):
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    # Ours are of an image in [0, 1]; a processor may scale bytes to another range, or not at all.
+    scale = 255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 255.0
+    return tuple(value / scale for value in mean), tuple(value / scale for value in std)

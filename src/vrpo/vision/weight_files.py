@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,30 +82,36 @@ def fit_weights(
     architecture: str,
     source: Path,
     may_be_extra: Iterable[str] = (),
+    remedy: Callable[[], str] = lambda: "give the architecture that the file was saved from.",
 ) -> None:
     """Copy ``state`` into ``module``, key by key.
 
-    Counters of batch normalisation (``num_batches_tracked``) may be missing, and keys that begin with one of
-    ``may_be_extra`` (a classifier that is not used) may be left over.
+    ``may_be_extra`` is as in ``misfit``; ``remedy`` says, when asked, what to do with a file that does not fit.
 
     Raises:
         CheckpointError: a key is missing, left over, or of another shape; the first such key is named.
     """
-    refusal = f"{source} does not hold the weights of '{architecture}'"
-    remedy = "give the architecture that the file was saved from."
+    wrong = misfit(module, state, may_be_extra)
+    if wrong is not None:
+        raise CheckpointError(f"{source} does not hold the weights of '{architecture}': {wrong}; {remedy()}")
+    module.load_state_dict({name: state[name] for name in module.state_dict() if name in state}, strict=False)
+
+
+def misfit(module: nn.Module, state: Mapping[str, Any], may_be_extra: Iterable[str] = ()) -> str | None:
+    """Return a clause about the first key of ``state`` that does not fit ``module``, or None where all do.
+
+    Counters of batch normalisation (``num_batches_tracked``) may be missing, and keys that begin with one of
+    ``may_be_extra`` (a classifier that is not used) may be left over.
+    """
     expected = module.state_dict()
     for name, value in expected.items():
         if name.endswith("num_batches_tracked"):
             continue
         found = state.get(name)
         if not isinstance(found, Tensor):
-            raise CheckpointError(f"{refusal}: it has no '{name}'; {remedy}")
+            return f"it has no '{name}'"
         if found.shape != value.shape:
-            raise CheckpointError(
-                f"{refusal}: '{name}' is {tuple(found.shape)} and should be {tuple(value.shape)}; {remedy}"
-            )
+            return f"'{name}' is {tuple(found.shape)} and should be {tuple(value.shape)}"
     allowed = tuple(f"{prefix}." for prefix in may_be_extra)
-    for name in state:
-        if name not in expected and not name.startswith(allowed):
-            raise CheckpointError(f"{refusal}: '{name}' has no place in it; {remedy}")
-    module.load_state_dict({name: state[name] for name in expected if name in state}, strict=False)
+    extra = (name for name in state if name not in expected and not name.startswith(allowed))
+    return next((f"'{name}' has no place in it" for name in extra), None)
