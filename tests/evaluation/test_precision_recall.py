@@ -106,8 +106,7 @@ def test_float32_error_stays_below_the_assumed_bound() -> None:
         first, second = torch.randn(300, width), torch.randn(300, width) * 3
         points = [module._points(x, torch.zeros(width), 3, "cpu") for x in (first, second)]
         exact = torch.cdist(first.double(), second.double()).square()
-        memory = module._block_memory(first)
-        rounded = module._products(first, second, points[1].norms, memory) + points[0].norms[:, None]
+        rounded = points[1].rows.products(points[0].rows.left(slice(None)), slice(None))
 
         error = (rounded.double() - exact).abs().amax(dim=1)
 

@@ -29,9 +29,57 @@ class PrecisionRecall(NamedTuple):
 
 
 class _Points(NamedTuple):
-    features: Tensor  # (N, D) float32, centred
+    rows: _Rows
     norms: Tensor  # (N,) float32, squared
     radii: Tensor  # (N,) float64, squared distance to the k-th nearest neighbour
+
+    @property
+    def size(self) -> Tensor:
+        """The largest term (N,) of a comparison with this point's ball, which rounding goes by."""
+        return self.norms + self.radii.float()
+
+
+class _Rows:
+    """Centred features, laid out so that one matrix product gives -2 x.y + t_x + t_y for a term t of each point.
+
+    A row holds x, 1 and -t / 2; against y, -t / 2 and 1, its product is -1/2 of that. Adding terms to the product
+    of x and y alone would take two more passes over each block, a tenth of the time.
+    """
+
+    def __init__(self, features: Tensor, shift: Tensor, device: torch.device | str) -> None:
+        count, self.width = features.shape
+        # Whole cache lines to a row.
+        store = torch.zeros(count, -(-(self.width + 2) // 16) * 16, device=device)
+        self._store = store[:, : self.width + 2]
+        for block in _blocks(count):
+            torch.sub(features[block].to(shift), shift, out=self.features[block])
+        self._store[:, self.width] = 1.0
+        # One block is written over and over: fresh memory for each would cost a tenth of the time in page faults.
+        self._memory = torch.empty(_BLOCK * _BLOCK, device=device)
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    @property
+    def features(self) -> Tensor:
+        """The centred features, float32 (N, D)."""
+        return self._store[:, : self.width]
+
+    def set_terms(self, terms: Tensor) -> None:
+        """Make ``terms`` (N,) those of the points."""
+        self._store[:, -1] = terms / -2
+
+    def left(self, rows: slice | Tensor) -> Tensor:
+        """Return ``rows`` as the left side of `products`."""
+        left = self._store[rows].clone()
+        left[:, -2], left[:, -1] = left[:, -1].clone(), 1.0
+        return left
+
+    def products(self, left: Tensor, columns: slice) -> Tensor:
+        """Return -2 x.y + t_x + t_y (R, C), in memory that the next call writes over."""
+        right = self._store[columns]
+        out = self._memory[: len(left) * len(right)].view(len(left), len(right))
+        return torch.addmm(out, left, right.T, beta=0, alpha=-2, out=out)
 
 
 @torch.inference_mode()
@@ -58,7 +106,7 @@ def precision_recall(
         )
     # Distances do not change by a common shift; without it |x|^2 + |y|^2 - 2 x.y cancels in its leading
     # digits and too many comparisons would be in doubt.
-    shift = reference.double().mean(dim=0)
+    shift = reference.double().mean(dim=0).to(torch.float32).to(device)
     with _full_precision():
         first, second = (_points(features, shift, neighbours, device) for features in (reference, samples))
         near_first, near_second = _nearest_slack(first, second)
@@ -68,42 +116,32 @@ def precision_recall(
 
 
 def _points(features: Tensor, shift: Tensor, neighbours: int, device: torch.device | str) -> _Points:
-    centred = torch.empty(features.shape, dtype=torch.float32, device=device)
-    for start in range(0, len(features), _BLOCK):
-        centred[start : start + _BLOCK] = features[start : start + _BLOCK].double() - shift
-    norms = centred.square().sum(dim=1)
-    return _Points(centred, norms, _squared_radii(centred, norms, neighbours))
+    rows = _Rows(features, shift, device)
+    norms = rows.features.square().sum(dim=1)
+    rows.set_terms(norms)
+    return _Points(rows, norms, _squared_radii(rows, norms, neighbours))
 
 
-def _squared_radii(features: Tensor, norms: Tensor, neighbours: int) -> Tensor:
+def _squared_radii(points: _Rows, norms: Tensor, neighbours: int) -> Tensor:
     """Squared distance (N,) of each point to its k-th nearest other point, in float64."""
-    count = len(features)
+    count, features = len(points), points.features
     # Spare candidates: float32 may order near-equal neighbours wrongly.
     kept = min(neighbours + _SPARE, count - 1)
-    values = torch.full((count, kept), torch.inf, device=features.device)
-    indices = torch.zeros((count, kept), dtype=torch.long, device=features.device)
-
-    def offer(rows: slice, distances: Tensor, offset: int) -> None:
-        found, where = _smallest(distances, kept)
-        pool = torch.cat([values[rows], found], dim=1)
-        pool_indices = torch.cat([indices[rows], where + offset], dim=1)
-        values[rows], best = pool.topk(kept, dim=1, largest=False)
-        indices[rows] = pool_indices.gather(1, best)
-
+    best = _Nearest(count, kept, norms.device)
     blocks = list(_blocks(count))
-    memory = _block_memory(features)
     for number, rows in enumerate(blocks):
+        left = points.left(rows)
         # The distance matrix is symmetric: each block above the diagonal serves its rows and its columns.
         for columns in blocks[number:]:
-            distances = _products(features[rows], features[columns], norms[columns], memory)
-            distances += norms[rows, None]
+            distances = points.products(left, columns)
             if columns == rows:
                 distances.fill_diagonal_(torch.inf)
-            offer(rows, distances, columns.start)
+            best.offer(rows, distances, columns.start, dim=1)
             if columns != rows:
-                offer(columns, distances.T, rows.start)
+                best.offer(columns, distances, rows.start, dim=0)
+    values, indices = best.values, best.indices
     nearest = values[:, neighbours - 1 : neighbours]
-    slack = 2 * _rounding(norms, norms, features.shape[1])[:, None]
+    slack = 2 * _rounding(norms, norms, points.width)[:, None]
     # Candidates outside this band are certainly nearer or farther than the k-th; within it exact values decide.
     row, place = ((values - nearest).abs() <= slack).nonzero(as_tuple=True)
     exact = values.double()
@@ -114,17 +152,16 @@ def _squared_radii(features: Tensor, norms: Tensor, neighbours: int) -> Tensor:
     crowded = (values[:, -1] <= limits).nonzero().flatten() if kept < count - 1 else row[:0]
     # Few rows at once bound the number of pairs among repeated images.
     for rows in crowded.split(_BLOCK // 8):
-        radii[rows] = _crowded_radii(features, norms, rows, limits[rows], neighbours)
+        radii[rows] = _crowded_radii(points, rows, limits[rows], neighbours)
     return radii
 
 
-def _crowded_radii(features: Tensor, norms: Tensor, rows: Tensor, limits: Tensor, neighbours: int) -> Tensor:
+def _crowded_radii(points: _Rows, rows: Tensor, limits: Tensor, neighbours: int) -> Tensor:
     """The squared radii (R,) of ``rows`` from exact distances of all points that may be within ``limits``."""
     owners, found = [], []
-    memory = _block_memory(features)
-    for columns in _blocks(len(features)):
-        distances = _products(features[rows], features[columns], norms[columns], memory)
-        distances += norms[rows, None]
+    features, left = points.features, points.left(rows)
+    for columns in _blocks(len(points)):
+        distances = points.products(left, columns)
         owner, column = (distances <= limits[:, None]).nonzero(as_tuple=True)
         column += columns.start
         other = column != rows[owner]
@@ -138,60 +175,86 @@ def _crowded_radii(features: Tensor, norms: Tensor, rows: Tensor, limits: Tensor
     return exact[order][counts.cumsum(0) - counts + neighbours - 1]
 
 
-def _smallest(distances: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """The ``kept`` smallest entries of each row of (R, C), or all if fewer, and their columns.
+class _Nearest:
+    """The ``kept`` smallest distances (N, kept) of each point so far, ascending, and whose they are."""
 
-    The k smallest entries lie in the k groups of columns with the smallest minima, and minima are cheap.
-    """
-    rows, columns = distances.shape
-    groups = columns // _GROUP
-    if groups <= kept:
-        found, where = distances.topk(min(kept, columns), dim=1, largest=False)
-    else:
+    def __init__(self, count: int, kept: int, device: torch.device) -> None:
+        self.kept = kept
+        self.values = torch.full((count, kept), torch.inf, device=device)
+        self.indices = torch.zeros((count, kept), dtype=torch.long, device=device)
+
+    def offer(self, rows: slice, block: Tensor, offset: int, dim: int) -> None:
+        """Take a block of distances of the points ``rows`` to those from ``offset`` on, which lie along ``dim``.
+
+        The k smallest entries of a row lie in the k groups of columns with the smallest minima, and minima are
+        cheap. Most rows of a late block hold nothing new, and are left out.
+        """
+        distances = block if dim == 1 else block.T
+        columns = distances.shape[1]
+        groups = columns // _GROUP
+        values, indices = self.values[rows], self.indices[rows]
+        if groups <= self.kept:
+            found, where = distances.topk(min(self.kept, columns), dim=1, largest=False)
+            self._join(values, indices, slice(None), found, where + offset)
+            return
         # Group g holds columns g, g + groups, ...; a tail shorter than a group joins every row's candidates.
-        whole = distances[:, : groups * _GROUP].unflatten(1, (_GROUP, groups))
-        chosen = whole.amin(dim=1).topk(kept, dim=1, largest=False).indices
+        # The reduction runs on the block as it lies: on its transpose it would be ten times slower.
+        minima = block.narrow(dim, 0, groups * _GROUP).unflatten(dim, (_GROUP, groups)).amin(dim=dim)
+        minima = minima if dim == 1 else minima.T
+        smallest = minima.amin(dim=1)
+        if groups * _GROUP < columns:
+            smallest = torch.minimum(smallest, distances[:, groups * _GROUP :].amin(dim=1))
+        active = (smallest < values[:, -1]).nonzero().flatten()
+        chosen = minima[active].topk(self.kept, dim=1, largest=False).indices
         members = torch.arange(_GROUP, device=distances.device) * groups
-        candidates = (chosen[:, :, None] + members).flatten(1)
-        tail = torch.arange(groups * _GROUP, columns, device=distances.device).expand(rows, -1)
-        candidates = torch.cat([candidates, tail], dim=1)
-        found, best = distances.gather(1, candidates).topk(kept, dim=1, largest=False)
-        where = candidates.gather(1, best)
-    return found, where
+        tail = torch.arange(groups * _GROUP, columns, device=distances.device).expand(len(active), -1)
+        candidates = torch.cat([(chosen[:, :, None] + members).flatten(1), tail], dim=1)
+        found, best = distances[active[:, None], candidates].topk(self.kept, dim=1, largest=False)
+        self._join(values, indices, active, found, candidates.gather(1, best) + offset)
+
+    def _join(self, values: Tensor, indices: Tensor, rows: slice | Tensor, found: Tensor, where: Tensor) -> None:
+        pool = torch.cat([values[rows], found], dim=1)
+        pool_indices = torch.cat([indices[rows], where], dim=1)
+        values[rows], best = pool.topk(self.kept, dim=1, largest=False)
+        indices[rows] = pool_indices.gather(1, best)
 
 
 def _nearest_slack(first: _Points, second: _Points) -> tuple[Tensor, Tensor]:
-    """Smallest squared distance to the other set's points less their squared radius, for each set."""
+    """Smallest squared distance to the other set's points less their squared radius, for each set.
+
+    With s(x, y) = |x - y|^2 - r_x^2 - r_y^2, the first is r_x^2 plus the minimum of s over y, and the second r_y^2
+    plus that over x: one product serves both.
+    """
     slack_first = torch.full_like(first.norms, torch.inf)
     slack_second = torch.full_like(second.norms, torch.inf)
-    bias = (second.norms - second.radii).float()
-    memory = _block_memory(first.features)
-    for rows in _blocks(len(first.features)):
-        row_bias = (first.norms[rows] - first.radii[rows]).float()
-        for columns in _blocks(len(second.features)):
-            inner = _products(first.features[rows], second.features[columns], bias[columns], memory)
-            found = inner.amin(dim=1) + first.norms[rows]
-            slack_first[rows] = torch.minimum(slack_first[rows], found)
-            inner += row_bias[:, None]
-            found = inner.amin(dim=0) + second.radii[columns].float()
-            slack_second[columns] = torch.minimum(slack_second[columns], found)
-    return slack_first, slack_second
+    for points in (first, second):
+        points.rows.set_terms((points.norms - points.radii).float())
+    for rows in _blocks(len(first.norms)):
+        left = first.rows.left(rows)
+        for columns in _blocks(len(second.norms)):
+            slack = second.rows.products(left, columns)
+            slack_first[rows] = torch.minimum(slack_first[rows], slack.amin(dim=1))
+            slack_second[columns] = torch.minimum(slack_second[columns], slack.amin(dim=0))
+    return slack_first + first.radii.float(), slack_second + second.radii.float()
 
 
 def _covered(points: _Points, manifold: _Points, slack: Tensor) -> float:
-    """Share of points within a ball of the manifold; doubtful ones are settled by exact distances."""
-    margin = _rounding(points.norms, manifold.norms + manifold.radii.float(), points.features.shape[1])
+    """Share of points within a ball of the manifold; doubtful ones are settled by exact distances.
+
+    The terms of both are those that `_nearest_slack` sets.
+    """
+    margin = _rounding(points.size, manifold.size, points.rows.width)
     inside = slack < -margin
     doubtful = (slack.abs() <= margin).nonzero().flatten()
-    memory = _block_memory(points.features)
+    # From |x - y|^2 - r_x^2 - r_y^2 to what decides: |x - y|^2 - r_y^2.
+    limits = margin - points.radii.float()
     for rows in doubtful.split(_BLOCK):
-        for columns in _blocks(len(manifold.features)):
-            bias = (manifold.norms[columns] - manifold.radii[columns]).float()
-            near = _products(points.features[rows], manifold.features[columns], bias, memory)
-            near += points.norms[rows, None]
-            row, column = (near <= margin[rows, None]).nonzero(as_tuple=True)
+        left = points.rows.left(rows)
+        for columns in _blocks(len(manifold.norms)):
+            near = manifold.rows.products(left, columns)
+            row, column = (near <= limits[rows, None]).nonzero(as_tuple=True)
             column += columns.start
-            exact = _exact_squared(points.features, rows[row], manifold.features, column)
+            exact = _exact_squared(points.rows.features, rows[row], manifold.rows.features, column)
             inside[rows[row[exact <= manifold.radii[column]]]] = True
     return inside.double().mean().item()
 
@@ -200,17 +263,6 @@ def _rounding(norms: Tensor, other_norms: Tensor, width: int) -> Tensor:
     """A bound (N,) on the float32 error of squared distances from points of squared ``norms``."""
     # Rounding of a D-term product grows as sqrt(D) (Higham and Mary 2019); 4 is generous against measurement.
     return 4 * torch.finfo(torch.float32).eps * width**0.5 * (norms + other_norms.max())
-
-
-def _block_memory(features: Tensor) -> Tensor:
-    # One block is written over and over: fresh memory for each would cost a tenth of the time in page faults.
-    return torch.empty(_BLOCK * _BLOCK, device=features.device)
-
-
-def _products(rows: Tensor, columns: Tensor, bias: Tensor, memory: Tensor) -> Tensor:
-    """``bias`` - 2 rows columns^T in ``memory``: (R, C) of rows (R, D), columns (C, D), bias (C,)."""
-    out = memory[: len(rows) * len(columns)].view(len(rows), len(columns))
-    return torch.addmm(bias, rows, columns.T, alpha=-2, out=out)
 
 
 def _exact_squared(first: Tensor, rows: Tensor, second: Tensor, columns: Tensor) -> Tensor:
