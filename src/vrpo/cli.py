@@ -54,7 +54,8 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         code = _dispatch(list(words))
     except VrpoError as error:
-        print(f"vrpo: {error}", file=sys.stderr)
+        if not error.silent:
+            print(f"vrpo: {error}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         remedy = CONTINUE.get(words[0] if words else "", "run the command again to start over.")
@@ -65,7 +66,8 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.stderr.close()
         code = 0
     except OSError as error:
-        print(f"vrpo: {_os_sentence(error)}", file=sys.stderr)
+        if not getattr(error, "silent", False):
+            print(f"vrpo: {_os_sentence(error)}", file=sys.stderr)
         code = VrpoError.exit_code
     sys.exit(code)
 

@@ -23,12 +23,12 @@ def clock(seconds: float) -> str:
 class TrainingDisplay:
     """A line that says where training is: images, losses, speed, time left."""
 
-    def __init__(self, label: str = "") -> None:
+    def __init__(self, label: str = "", shown: bool = True) -> None:
         self.label = label
         self._live: Any = None
         self._task: Any = None
         self._last = 0.0
-        self._terminal = sys.stderr.isatty()
+        self._terminal = shown and sys.stderr.isatty()
 
     def __enter__(self) -> TrainingDisplay:
         if self._terminal:

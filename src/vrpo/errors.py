@@ -10,6 +10,8 @@ class VrpoError(Exception):
     """Base of every error that the command line prints as one sentence, without a traceback."""
 
     exit_code = 2
+    silent = False
+    """Whether another process of the run prints it."""
 
 
 class ConfigError(VrpoError):

@@ -69,6 +69,8 @@ class Haste(Repa):
         self._maps: dict[int, Tensor] = {}
         self._attention = RunningMean()
         self._gradient: Tensor | None = None
+        # Of the step's two gradients: their product and their squares, summed over micro-batches.
+        self._products: Tensor | None = None
         self._armed = False
 
     def taps(self, batch: AlignmentBatch) -> Taps:
@@ -116,12 +118,9 @@ class Haste(Repa):
         if stopped:
             return
         self.steps += 1
+        self._follow()
         if (steps + 1) % TRIGGER_PERIOD == 0 and self._armed:
-            mean = self._trigger_mean()
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(mean)
-                mean = mean / dist.get_world_size()
-            stopped = bool(mean < self.haste.trigger_cosine)
+            stopped = bool(self._trigger_mean() < self.haste.trigger_cosine)
             self.stopped.fill_(stopped)
         self._progress = (stopped, steps + 1)
 
@@ -151,7 +150,17 @@ class Haste(Repa):
             return
         a, b = gradient.float().flatten(), self._gradient.float().flatten()
         self._gradient = None
-        cosine = torch.dot(a, b) / (a.norm() * b.norm())
+        products = torch.stack([torch.dot(a, b), a.square().sum(), b.square().sum()])
+        self._products = products if self._products is None else self._products + products
+
+    def _follow(self) -> None:
+        """Let the step's cosine, of the gradients over all micro-batches and processes, enter the trigger's mean."""
+        products, self._products = self._products, None
+        if products is None:
+            return
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(products)
+        cosine = products[0] / (products[1].sqrt() * products[2].sqrt())
         # The first step brings no denoising gradient, and a skipped step no finite one: 0/0 and inf/inf.
         counts = torch.isfinite(cosine)
         self.trigger_sum.lerp_(torch.where(counts, cosine, 0.0), 1 - TRIGGER_DECAY)

@@ -35,9 +35,16 @@ Draws = Mapping[str, Tensor]
 
 
 def draw(
-    images: int, shapes: Mapping[str, tuple[int, ...]], like: Tensor, source: torch.Generator | None
+    images: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    like: Tensor,
+    source: torch.Generator | None,
+    place: tuple[int, int] | None = None,
 ) -> dict[str, Tensor]:
     """Return named Gaussian tensors, (images, *shape) each, drawn at once and image by image.
+
+    With ``place`` (see ``AlignmentBatch``) the whole step is drawn and the rows of these images are taken, so that
+    nothing depends on how the step was split.
 
     With a row an image, a batch drawn in parts on a CPU equals the batch drawn whole: torch's CPU generator
     fills in blocks of 16, to which rows are padded.
@@ -45,7 +52,9 @@ def draw(
     sizes = [prod(shape) for shape in shapes.values()]
     row = -(-sum(sizes) // 16) * 16
     device = like.device if source is None else source.device
-    numbers = torch.randn(images, row, generator=source, device=device).to(like.device, like.dtype)
+    first, total = place or (0, images)
+    numbers = torch.randn(total, row, generator=source, device=device)[first : first + images]
+    numbers = numbers.to(like.device, like.dtype)
     parts = numbers[:, : sum(sizes)].split(sizes, dim=1)
     return {name: part.reshape(images, *shapes[name]) for name, part in zip(shapes, parts, strict=True)}
 
@@ -95,7 +104,7 @@ class PolicyHead(nn.Module):
         """Return ``omega`` by time bin, from the statistics of the steps before this one."""
         return gate_value(self.statistics.means("agreement"), self.config.gate_scale, self.config.gate_floor)
 
-    def draw(self, u: Tensor, source: torch.Generator | None) -> Draws:
+    def draw(self, u: Tensor, source: torch.Generator | None, place: tuple[int, int] | None = None) -> Draws:
         """Return the random numbers that ``ascent`` will use."""
         images, tokens, width = u.shape
         config = self.config
@@ -112,7 +121,7 @@ class PolicyHead(nn.Module):
                 shapes["coordinates"] = (tokens, half, self._directions())
             if config.shuffle_advantages:
                 shapes["order"] = (tokens, config.group)
-        return draw(images, shapes, u, source) if shapes else {}
+        return draw(images, shapes, u, source, place) if shapes else {}
 
     def ascent(
         self, u: Tensor, context: RewardContext, settings: Settings, draws: Draws

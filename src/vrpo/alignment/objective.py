@@ -31,6 +31,8 @@ class AlignmentBatch:
             1 / (images in the step on this process), times the loss scale if there is one. A gradient that arrives
             at a tap, divided by it, is that of the image's own loss, whatever the batch split and the loss scale.
         generator: source of the objective's own random numbers, a function of (seed, step).
+        place: the first of these images in the step's batch over all processes, and that batch's size, where
+            ``generator`` stands at the step's beginning; None where it goes on from micro-batch to micro-batch.
         watch: opens a section whose time is counted as the objective's; work in the backward pass goes into one.
     """
 
@@ -42,6 +44,7 @@ class AlignmentBatch:
     budget: int
     sample_weight: Tensor | float
     generator: torch.Generator | None = None
+    place: tuple[int, int] | None = None
     watch: Callable[[], AbstractContextManager[None]] = nullcontext
 
 

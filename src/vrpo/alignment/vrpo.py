@@ -205,7 +205,7 @@ class Vrpo(Repa):
                 projected=projected.detach(),
                 pushforward=pushforward,
                 context=RewardContext(mean, target, None, step.batch),
-                draws=policy.draw(u, step.batch.generator) if step.settings.weights else {},
+                draws=policy.draw(u, step.batch.generator, step.batch.place) if step.settings.weights else {},
                 trusted=trusted,
                 old=old,
             )

@@ -12,7 +12,7 @@ from pydantic import Field
 from tyro.conf import Positional
 
 from vrpo.commands.parse import option_names, parse
-from vrpo.config import Positive, Seed
+from vrpo.config import Positive, RunConfig, Seed
 from vrpo.errors import ConfigError, VrpoError
 
 
@@ -36,9 +36,6 @@ class Train:
 
 def train(words: list[str]) -> int:
     """Train, from a preset, a file or the defaults, with overrides."""
-    from vrpo.config import RunConfig
-    from vrpo.config_load import build_config, load_file, load_preset, merge
-
     if "--help" in words or "-h" in words:
         with contextlib.suppress(SystemExit):
             tyro.cli(Train, prog="vrpo train", args=["--help"])
@@ -50,6 +47,36 @@ def train(words: list[str]) -> int:
             args=["--help"],
             config=(tyro.conf.FlagConversionOff,),
         )
+
+    from vrpo.training.distributed import connect
+
+    with connect() as world:
+        with world.agreed():
+            options, config, out = _read(words)
+
+        from vrpo.display import TrainingDisplay
+        from vrpo.training.trainer import train as run_training
+
+        with TrainingDisplay(shown=world.first) as display:
+            result = run_training(
+                config,
+                out,
+                resume=options.resume,
+                say=display.say,
+                display=display.report,
+                progress=display.progress,
+                world=world,
+            )
+        if world.first:
+            counts = f"{result.images:,} images, {result.seconds:.0f} s of training"
+            print(f"{result.status.capitalize()} at {counts}: {result.run}")
+    return 0 if result.signal is None else 128 + result.signal
+
+
+def _read(words: list[str]) -> tuple[Train, RunConfig, Path]:
+    """Return the options, the configuration and the run's folder that the words ask for."""
+    from vrpo.config_load import build_config, load_file, load_preset, merge
+
     options, rest = parse(Train, words, "train", rest=True)
     if options.preset is not None and options.config is not None:
         raise ConfigError("give --preset or --config, not both: they are two starting points.")
@@ -67,16 +94,7 @@ def train(words: list[str]) -> int:
         values = merge(values, {"data": {"path": str(options.data)}})
     config = build_config(values, rest, where, option_names(Train)).with_absolute_paths()
     out = options.out or Path("runs") / f"{config.name}-seed-{config.seed}"
-
-    from vrpo.display import TrainingDisplay
-    from vrpo.training.trainer import train as run_training
-
-    with TrainingDisplay() as display:
-        result = run_training(
-            config, out, resume=options.resume, say=display.say, display=display.report, progress=display.progress
-        )
-    print(f"{result.status.capitalize()} at {result.images:,} images, {result.seconds:.0f} s of training: {result.run}")
-    return 0 if result.signal is None else 128 + result.signal
+    return options, config, out
 
 
 def _run_plugin(file: Path) -> None:

@@ -69,8 +69,8 @@ def find_checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"), reverse=True)
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint and check every file against its hash.
+def read_state(path: Path, verify: bool = False) -> dict[str, Any]:
+    """Read a checkpoint's counters, and with ``verify`` check every file against its hash.
 
     Raises:
         CheckpointError: a file is missing or does not match.
@@ -80,17 +80,25 @@ def load_checkpoint(path: Path) -> Checkpoint:
         hashes = state.pop("sha256")
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path / 'state.json'} is missing or damaged: use another checkpoint.") from error
-    tensors = {}
-    for part in PARTS:
+    for part in PARTS if verify else ():
         file = path / f"{part}.safetensors"
         if not file.is_file() or sha256_file(file) != hashes.get(file.name):
             raise CheckpointError(f"{file} is missing or does not match its hash: use another checkpoint.")
-        tensors[part] = load_tensors(file)
-    return Checkpoint(tensors, state)
+    return state
 
 
-def load_newest(run: Path) -> tuple[Checkpoint, list[str]] | None:
-    """Read the newest checkpoint that verifies, and say why newer ones were passed over; None if there are none.
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint that was verified.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    state = read_state(path)
+    return Checkpoint({part: load_tensors(path / f"{part}.safetensors") for part in PARTS}, state)
+
+
+def find_newest(run: Path) -> tuple[Path, list[str]] | None:
+    """Return the newest checkpoint that verifies, and why newer ones were passed over; None if there are none.
 
     Those are renamed to ``damaged-step-N``, so that they neither count as kept nor stand in the way of a new one.
 
@@ -101,7 +109,7 @@ def load_newest(run: Path) -> tuple[Checkpoint, list[str]] | None:
     damaged: list[Path] = []
     for path in find_checkpoints(run):
         try:
-            found = load_checkpoint(path)
+            read_state(path, verify=True)
         except CheckpointError as error:
             complaints.append(str(error))
             damaged.append(path)
@@ -110,7 +118,7 @@ def load_newest(run: Path) -> tuple[Checkpoint, list[str]] | None:
             aside = folder.with_name(f"damaged-{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-        return found, complaints
+        return path, complaints
     if complaints:
         raise CheckpointError(f"no checkpoint of {run} can be used; the newest: {complaints[0]}")
     return None

@@ -5,6 +5,7 @@ None of it touches the training random state: every draw comes from a generator 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vrpo.models.taps import Taps
 from vrpo.models.transformer import DiffusionTransformer
 from vrpo.randomness import STREAM_VALIDATION, step_generator
 from vrpo.sampling import DTYPES, ImageSampler, grid_image
+from vrpo.training.distributed import ALONE, World
 from vrpo.training.targets import Targets
 
 VALIDATION_BATCH = 128
@@ -37,7 +39,9 @@ class Validation:
         targets: Targets,
         depths: tuple[int, ...],
         device: torch.device,
+        world: World = ALONE,
     ) -> None:
+        self.world = world
         self.config, self.dataset, self.denoising = config, dataset, denoising
         self.targets, self.depths, self.device = targets, depths, device
         self.rows = np.unique(
@@ -51,40 +55,53 @@ class Validation:
         self, averaged: DiffusionTransformer, trunk: DiffusionTransformer, objective: Objective
     ) -> dict[str, Any]:
         """Return the held-out denoising loss of the averaged weights and the alignment of the trained ones."""
-        losses: list[Tensor] = []
-        cosines: list[tuple[Tensor, int]] = []
-        for start in range(0, len(self.rows), VALIDATION_BATCH):
-            rows = self.rows[start : start + VALIDATION_BATCH]
-            pixels, labels = self.dataset.read(rows)
-            pixels = pixels.to(self.device)
-            given = labels.to(self.device) if labels is not None and averaged.num_classes else None
-            clean = to_float(pixels)
-            generator = step_generator(self.config.seed, start, STREAM_VALIDATION, self.device)
-            noise = torch.randn(clean.shape, generator=generator, device=self.device)
-            # Evenly spread over the whole set, the same at every visit.
-            spread = (torch.arange(start, start + len(rows), device=self.device) + 0.5) / len(self.rows)
-            times = self.denoising.times(spread)
-            noised = self.denoising.noised(clean, noise, times)
-            losses.append(self.denoising.loss(self._run(averaged, noised, times, given), clean, noise, times))
-            if self.targets.encoders:
-                kept: dict[int, Tensor] = {}
-                self._run(trunk, noised, times, given, self._keep(kept))
-                batch = AlignmentBatch(
-                    targets=self._held_out_targets(start, pixels),
-                    time=self.denoising.unit_time(times),
-                    clean=clean,
-                    images=pixels,
-                    images_seen=0,
-                    budget=1,
-                    sample_weight=1.0,
-                )
-                cosine = objective.measure(batch, kept)
-                if cosine is not None:
-                    cosines.append((cosine, len(rows)))
-        record = {"denoising": torch.cat(losses).mean().item(), "held_out_images": len(self.rows)}
-        if cosines:
-            record["alignment"] = sum(float(value) * count for value, count in cosines) / len(self.rows)
+        starts = range(0, len(self.rows), VALIDATION_BATCH)
+        found: dict[int, tuple[Tensor, float | None]] = {}
+        for mine in divided(len(starts), self.world):
+            start = starts[mine]
+            found[start] = self._measure(start, averaged, trunk, objective)
+        # In the order of the batches, whoever measured them.
+        everything = {start: values for part in self.world.gather(found) for start, values in part.items()}
+        losses = torch.cat([everything[start][0] for start in starts])
+        record = {"denoising": losses.mean().item(), "held_out_images": len(self.rows)}
+        cosines = [(everything[start][1], len(everything[start][0])) for start in starts]
+        if all(cosine is not None for cosine, _ in cosines):
+            record["alignment"] = sum(cosine * count for cosine, count in cosines if cosine is not None) / len(
+                self.rows
+            )
         return record
+
+    def _measure(
+        self, start: int, averaged: DiffusionTransformer, trunk: DiffusionTransformer, objective: Objective
+    ) -> tuple[Tensor, float | None]:
+        """Return the losses (B,) of the batch from row ``start`` on the CPU, and its mean cosine if there is one."""
+        rows = self.rows[start : start + VALIDATION_BATCH]
+        pixels, labels = self.dataset.read(rows)
+        pixels = pixels.to(self.device)
+        given = labels.to(self.device) if labels is not None and averaged.num_classes else None
+        clean = to_float(pixels)
+        generator = step_generator(self.config.seed, start, STREAM_VALIDATION, self.device)
+        noise = torch.randn(clean.shape, generator=generator, device=self.device)
+        # Evenly spread over the whole set, the same at every visit.
+        spread = (torch.arange(start, start + len(rows), device=self.device) + 0.5) / len(self.rows)
+        times = self.denoising.times(spread)
+        noised = self.denoising.noised(clean, noise, times)
+        losses = self.denoising.loss(self._run(averaged, noised, times, given), clean, noise, times)
+        cosine = None
+        if self.targets.encoders:
+            kept: dict[int, Tensor] = {}
+            self._run(trunk, noised, times, given, self._keep(kept))
+            batch = AlignmentBatch(
+                targets=self._held_out_targets(start, pixels),
+                time=self.denoising.unit_time(times),
+                clean=clean,
+                images=pixels,
+                images_seen=0,
+                budget=1,
+                sample_weight=1.0,
+            )
+            cosine = objective.measure(batch, kept)
+        return losses.cpu(), None if cosine is None else float(cosine)
 
     def _held_out_targets(self, start: int, pixels: Tensor) -> tuple[Tensor, ...]:
         """Return the encoders' tokens of one batch, computed at the first visit and kept as fp16 in main memory."""
@@ -113,7 +130,33 @@ class Validation:
         return output
 
 
-def save_grid(sampler: ImageSampler, folder: Path, images_seen: int, num_classes: int) -> dict[str, Any]:
+def divided(count: int, world: World) -> list[int]:
+    """Return this process's share of ``count`` batches; all get equally many, the last one again where they lack one.
+
+    So sharded networks, in whose calls all processes take part, are called equally often.
+    """
+    return [min(index, count - 1) for index in range(world.rank, -(-count // world.size) * world.size, world.size)]
+
+
+def draw_together(
+    sampler: ImageSampler, indices: Sequence[int], labels: Tensor | None, seed: int, world: World
+) -> Tensor:
+    """Return what ``sampler.images`` returns, drawn batch by batch by all processes."""
+    if world.size == 1:
+        return sampler.images(indices, labels, seed)
+    size = sampler.compute_batch
+    starts = range(0, len(indices), size)
+    drawn: dict[int, Tensor] = {}
+    for mine in divided(len(starts), world):
+        part = slice(starts[mine], starts[mine] + size)
+        drawn[part.start] = sampler.images(indices[part], None if labels is None else labels[part], seed)
+    everything = {start: images for part in world.gather(drawn) for start, images in part.items()}
+    return torch.cat([everything[start] for start in starts])
+
+
+def save_grid(
+    sampler: ImageSampler, folder: Path, images_seen: int, num_classes: int, world: World = ALONE
+) -> dict[str, Any]:
     """Draw a grid from the same noise and labels at every visit, save it as PNG, and return its record."""
     from PIL import Image
 
@@ -123,10 +166,14 @@ def save_grid(sampler: ImageSampler, folder: Path, images_seen: int, num_classes
     labels = None
     if num_classes:
         labels = torch.tensor([(index % settings.columns) % num_classes for index in indices])
-    pixels = sampler.images(indices, labels, sampler.config.seed)
-    folder.mkdir(parents=True, exist_ok=True)
+    pixels = draw_together(sampler, indices, labels, sampler.config.seed, world)
     file = folder / f"{images_seen:012d}.png"
-    Image.fromarray(grid_image(pixels, settings.columns)).save(file)
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(grid_image(pixels, settings.columns)).save(file)
+
+    world.ask_first(write)
     return {
         "file": f"{folder.name}/{file.name}",
         "rows": settings.rows,

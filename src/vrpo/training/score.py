@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vrpo.config import RunConfig
 from vrpo.data.shards import ShardedDataset
 from vrpo.evaluation.evaluate import evaluate_images
 from vrpo.evaluation.reference import load_reference
 from vrpo.sampling import ImageSampler, sample_labels
+from vrpo.training.distributed import ALONE, World
+from vrpo.training.observe import draw_together
 from vrpo.vision.encoders import load_feature_network
 
 
@@ -24,11 +27,15 @@ class Scorer:
         reference: ShardedDataset,
         num_classes: int,
         device: torch.device,
+        world: World = ALONE,
     ) -> None:
         settings = config.evaluate
         if settings.features is None:
             raise ValueError("evaluate.features is not set")
         self._config, self._sampler, self._num_classes = config, sampler, num_classes
+        self._world = world
+        if not world.first:
+            return  # the others help to draw the samples
         self._network = load_feature_network(
             settings.features,
             weights=settings.weights,
@@ -43,8 +50,13 @@ class Scorer:
         config = self._config
         indices = range(config.evaluate.samples)
         labels = sample_labels(indices, self._num_classes, config.evaluate.labels, config.seed)
+        images = draw_together(self._sampler, indices, labels, config.seed, self._world)
+        return self._world.ask_first(lambda: self._score(images))
+
+    def _score(self, images: Tensor) -> dict[str, Any]:
+        config = self._config
         result = evaluate_images(
-            self._sampler.images(indices, labels, config.seed),
+            images,
             self._reference,
             self._network,
             metrics=config.evaluate.metrics,

@@ -21,6 +21,7 @@ from vrpo.errors import ConfigError, DataError
 from vrpo.models.transformer import SIZES, DiffusionTransformer, build_transformer, parameter_count, parse_model_name
 from vrpo.randomness import STREAM_INIT, mix
 from vrpo.sampling import build_denoising, check_sampling
+from vrpo.training.distributed import ALONE, World, local_device, share
 from vrpo.training.targets import Say, Targets
 
 
@@ -62,7 +63,7 @@ class Parts:
         return self.trunk.num_classes
 
 
-def check_config(config: RunConfig) -> None:
+def check_config(config: RunConfig, world: World = ALONE) -> None:
     """Refuse what is wrong whatever the data: the model's name, depths, batch split, sampler.
 
     Raises:
@@ -73,19 +74,7 @@ def check_config(config: RunConfig) -> None:
     check_sampling(kind, config.sample, config.data.conditional)
     _check_evaluation(config)
     train = config.train
-    if train.batch_size % train.noisings:
-        nearest = max(1, round(train.batch_size / train.noisings)) * train.noisings
-        raise ConfigError(
-            f"train.batch_size {train.batch_size} is not a multiple of train.noisings {train.noisings}: use {nearest}."
-        )
-    micro = train.micro_batch or train.batch_size
-    if train.batch_size % micro or micro % train.noisings:
-        divisors = [n for n in range(train.noisings, train.batch_size + 1, train.noisings) if train.batch_size % n == 0]
-        closest = min(divisors, key=lambda n: abs(n - micro))
-        raise ConfigError(
-            f"train.micro_batch {micro} does not divide train.batch_size {train.batch_size} into whole groups of "
-            f"noisings: use {closest}."
-        )
+    share(train.batch_size, train.micro_batch, train.noisings, world)
 
 
 def _check_evaluation(config: RunConfig) -> None:
@@ -106,14 +95,14 @@ def open_data(path: Path | None, field: str) -> ShardedDataset:
     return ShardedDataset(path)
 
 
-def build_parts(config: RunConfig, say: Say, progress: Any = None) -> Parts:
+def build_parts(config: RunConfig, say: Say, progress: Any = None, world: World = ALONE) -> Parts:
     """Build every part of a run.
 
     Raises:
         ConfigError, DataError, CheckpointError: what does not fit, in one sentence.
     """
-    check_config(config)
-    device = resolve_device(config.train.device)
+    check_config(config, world)
+    device = resolve_device(local_device(config.train.device, world))
     dataset = open_data(config.data.path, "data.path")
     held_out = None if config.data.validation is None else open_data(config.data.validation, "data.validation")
     _check_pair(dataset, held_out)
@@ -185,7 +174,7 @@ def _check_pair(dataset: ShardedDataset, held_out: ShardedDataset | None) -> Non
         )
 
 
-def facts(parts: Parts, status: str) -> dict[str, Any]:
+def facts(parts: Parts, status: str, world: World = ALONE) -> dict[str, Any]:
     """Return what ``run.json`` records about a run."""
     data = parts.dataset
     device = parts.device
@@ -198,6 +187,7 @@ def facts(parts: Parts, status: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {sys.platform}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": world.size,
         "parameters": {"trunk": parameter_count(parts.trunk), "objective": parameter_count(parts.objective)},
         "encoders": [encoder.fingerprint for encoder in parts.targets.encoders],
         "data": {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,17 +20,34 @@ from vrpo.training.telemetry import Stopwatch
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of one step's B noised images: a function of (seed, step)."""
+    """The random numbers of one step's B noised images: a function of (seed, step).
+
+    They are those of images ``first`` onwards of the step's ``total``, over all passes and processes.
+    """
 
     uniforms: Tensor
     noise: Tensor
     dropped: Tensor
-    generator: torch.Generator
+    seed: int
+    step: int
+    first: int
+    total: int
+
+    @property
+    def generator(self) -> torch.Generator:
+        """A source of the objective's own draws for the whole step, at its beginning."""
+        return step_generator(self.seed, self.step, STREAM_OBJECTIVE, self.noise.device)
 
     def part(self, start: int, stop: int) -> Draws:
         """Return the draws of images ``start`` to ``stop``."""
         where = slice(start, stop)
-        return Draws(self.uniforms[where], self.noise[where], self.dropped[where], self.generator)
+        return replace(
+            self,
+            uniforms=self.uniforms[where],
+            noise=self.noise[where],
+            dropped=self.dropped[where],
+            first=self.first + start,
+        )
 
 
 def draw_step(
@@ -52,8 +69,7 @@ def draw_step(
     uniforms = torch.rand(count, generator=generator, device=device)
     noise = torch.randn(count, *shape, generator=generator, device=device)
     dropped = torch.rand(count, generator=generator, device=device) < label_dropout
-    own = step_generator(seed, step, STREAM_OBJECTIVE, device)
-    return Draws(stratify(uniforms, noisings), noise, dropped, own)
+    return Draws(stratify(uniforms, noisings), noise, dropped, seed, step, first=0, total=count)
 
 
 @dataclass(frozen=True)
@@ -74,6 +90,8 @@ class DenoisingStep(nn.Module):
     ) -> None:
         super().__init__()
         self.trunk = trunk
+        # What is called: the trunk, or what wraps it.
+        self.run_trunk: nn.Module = trunk
         self.objective = objective
         self.denoising = denoising
         self.dtype = dtype
@@ -109,11 +127,12 @@ class DenoisingStep(nn.Module):
             budget=budget,
             sample_weight=sample_weight,
             generator=draws.generator,
+            place=(draws.first, draws.total),
             watch=self._watch,
         )
         taps = self._timed(self.objective.taps(batch))
         with torch.autocast(clean.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = self.trunk(noised, t, labels, taps).float()
+            output = self.run_trunk(noised, t, labels, taps).float()
             with self._watch():
                 extra = self.objective.loss(lambda: denoising.predict_data(output, noised, t))
         losses = denoising.loss(output, clean, draws.noise, t)

@@ -6,19 +6,22 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
+from vrpo.training.distributed import ALONE, World
+
 
 class Meter:
-    """Means of values by name between two records, kept on the device."""
+    """Means of values by name between two records, over all processes, kept on the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: World = ALONE) -> None:
+        self._world = world
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
@@ -30,15 +33,16 @@ class Meter:
 
     def take(self) -> dict[str, Any]:
         """Return the means and forget them. This is where the host waits for the device."""
-        means = {name: plain(total / self._counts[name]) for name, total in self._sums.items()}
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
-        return means
+        return {name: plain(mean) for name, mean in self._world.mean(means).items()}
 
 
 class BinnedMean:
-    """Mean of a per-sample value by time bin."""
+    """Mean of a per-sample value by time bin, over all processes."""
 
-    def __init__(self, bins: int, device: torch.device) -> None:
+    def __init__(self, bins: int, device: torch.device, world: World = ALONE) -> None:
+        self._world = world
         self._sums = torch.zeros(2, bins, device=device)
 
     def add(self, values: Tensor, time: Tensor) -> None:
@@ -50,6 +54,7 @@ class BinnedMean:
 
     def take(self) -> list[float | None]:
         """Return the mean of each bin, None where it is empty, and forget them."""
+        self._world.add_up(self._sums)
         means = plain(self._sums[0] / self._sums[1])
         self._sums.zero_()
         return means
@@ -66,11 +71,19 @@ def plain(value: Tensor) -> Any:
 class Journal:
     """``metrics.jsonl`` of a run."""
 
-    def __init__(self, path: Path, images: int) -> None:
-        """Open the file for appending, dropping what an interrupted run wrote beyond ``images``."""
+    def __init__(self, path: Path | None, images: int, last: Mapping[str, int] | None = None) -> None:
+        """Open the file for appending, dropping what an interrupted run wrote beyond ``images``.
+
+        Without a path nothing is written, and ``last`` says at how many images each kind was written last.
+        """
         self.path = path
+        self.last: dict[str, int] = dict(last or {})
+        self._file: TextIO | None = None
+        if path is not None:
+            self._open(path, images)
+
+    def _open(self, path: Path, images: int) -> None:
         kept = []
-        self._last: dict[str, int] = {}
         if path.exists():
             for line in path.read_text("utf-8").splitlines():
                 try:
@@ -79,7 +92,7 @@ class Journal:
                     continue
                 if record["images"] <= images:
                     kept.append(line)
-                    self._last[record["kind"]] = record["images"]
+                    self.last[record["kind"]] = record["images"]
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(line + "\n" for line in kept), "utf-8")
         os.replace(temporary, path)
@@ -87,16 +100,18 @@ class Journal:
 
     def has(self, kind: str, images: int) -> bool:
         """Whether the newest record of this kind is of ``images`` images."""
-        return self._last.get(kind) == images
+        return self.last.get(kind) == images
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one record."""
-        self._last[kind] = values["images"]
-        self._file.write(json.dumps({"kind": kind, **values}) + "\n")
-        self._file.flush()
+        self.last[kind] = values["images"]
+        if self._file is not None:
+            self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class Stopwatch:

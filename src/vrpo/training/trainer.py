@@ -18,12 +18,14 @@ from vrpo.data.loader import Batch, Loader
 from vrpo.data.transforms import to_float
 from vrpo.errors import CheckpointError, ConfigError, DataError, EvaluationError
 from vrpo.files import load_into, write_text
-from vrpo.runs import flatten
 from vrpo.sampling import DTYPES, ImageSampler
-from vrpo.training.checkpoint import Checkpoint, load_newest, save_checkpoint
+from vrpo.training.checkpoint import Checkpoint, find_newest, load_checkpoint, save_checkpoint
+from vrpo.training.claim import claim_folder
+from vrpo.training.distributed import ALONE, SharedSignal, World, describe_share, share
 from vrpo.training.ema import Ema
 from vrpo.training.observe import Validation, save_grid
 from vrpo.training.optim import Optimizer
+from vrpo.training.parallel import Parallel
 from vrpo.training.setup import Parts, build_parts, facts
 from vrpo.training.step import DenoisingStep, draw_step
 from vrpo.training.stop import StopRequest
@@ -31,22 +33,6 @@ from vrpo.training.telemetry import BinnedMean, Journal, Meter, Stopwatch, Windo
 
 TIME_BINS = 10
 DEFAULT_LOG_STEPS = 50
-
-# What a resumed run may change: nothing that shapes the weights. Data and encoders are told by their fingerprints,
-# wherever their files lie.
-FREE_KEYS = (
-    "name",
-    "data.path",
-    "data.validation",
-    "data.prefetch",
-    "train.device",
-    "train.compile",
-    "train.keep_checkpoints",
-)
-FREE_ENDINGS = ("_every", "encoder.weights")
-FREE_SECTIONS = ("sample.", "evaluate.")
-# Objectives in which nothing depends on how long the run will be.
-TIMELESS = ("none", "repa", "irepa", "contrastive")
 
 
 class NonFiniteError(CheckpointError):
@@ -87,28 +73,38 @@ class Trainer:
         say: Callable[[str], None] = print,
         display: Callable[[Report], None] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
+        world: World = ALONE,
     ) -> None:
-        """Build the run in folder ``run``, or take up the one that is there.
+        """Build the run in folder ``run``, or take up the one that is there, together with the processes of ``world``.
 
         Raises:
             VrpoError: a configuration, data set, encoder or checkpoint that cannot be used.
         """
-        self.run, self.say, self._display = run, say, display
-        self._claim_folder(config, resume)
-        _say_what_is_idle(config, say)
-        self.parts: Parts = build_parts(config, say, progress)
-        self.config = config
+        self.run, self.config, self.world = run, config, world
+        self.say = say if world.first else _say_nothing
+        self._display = display if world.first else None
         self.step, self.images, self.seconds = 0, 0, 0.0
+        # The first process goes first: it may fill caches on disk, which the others then read.
+        with world.in_turn():
+            claim_folder(run, config, resume)
+            if world.first:
+                _say_what_is_idle(config, say)
+            self.parts: Parts = build_parts(config, self.say, progress if world.first else None, world)
         parts, train = self.parts, config.train
+        self.share = share(train.batch_size, train.micro_batch, train.noisings, world)
+        if world.size > 1:
+            self.say(describe_share(self.share, world))
         self.ema = Ema(parts.trunk, train.ema)
         self.optimizer = Optimizer([*parts.trunk.parameters(), *parts.objective.parameters()], train, parts.device)
-        self.module = DenoisingStep(parts.trunk, parts.objective, parts.denoising, DTYPES[train.precision])
         if resume:
             self._resume()
-        run.mkdir(parents=True, exist_ok=True)
-        write_text(run / "config.yaml", to_yaml(config))
-        self._write_facts("running")
-        parts.targets.fit_means(parts.dataset, run / "target_means.safetensors", resumed=self.step > 0)
+        world.ask_first(self._begin_folder)
+        with world.in_turn():
+            means = run / "target_means.safetensors"
+            parts.targets.fit_means(parts.dataset, means, resumed=self.step > 0 or not world.first)
+        self.parallel = Parallel(parts.trunk, parts.objective, world, parts.device)
+        self.module = DenoisingStep(parts.trunk, parts.objective, parts.denoising, DTYPES[train.precision])
+        self.module.run_trunk = self.parallel.trunk
         if train.compile:
             parts.trunk.compile_blocks()
         self.loader = Loader(
@@ -116,6 +112,8 @@ class Trainer:
             train.batch_size // train.noisings,
             config.seed,
             parts.flip,
+            rank=world.rank,
+            world_size=world.size,
             prefetch=config.data.prefetch,
             pin_memory=parts.device.type == "cuda",
         )
@@ -123,9 +121,12 @@ class Trainer:
         self._validate: Validation | None = None
         if parts.held_out is not None:
             depths = getattr(parts.objective, "depths", ())
-            self._validate = Validation(config, parts.held_out, parts.denoising, parts.targets, depths, parts.device)
-        self._scorer = self._build_scorer()
-        self._meter, self._by_time = Meter(), BinnedMean(TIME_BINS, parts.device)
+            self._validate = Validation(
+                config, parts.held_out, parts.denoising, parts.targets, depths, parts.device, world
+            )
+        with world.agreed():
+            self._scorer = self._build_scorer()
+        self._meter, self._by_time = Meter(world), BinnedMean(TIME_BINS, parts.device, world)
         self._window = Window(self.images)
         self._target_time, self._objective_time = Stopwatch(parts.device), Stopwatch(parts.device)
         self.module.stopwatch = self._objective_time
@@ -141,7 +142,8 @@ class Trainer:
         """
         train = self.config.train
         steps = -(-train.images // train.batch_size)
-        journal = Journal(self.run / "metrics.jsonl", self.images)
+        journal = self._open_journal()
+        shared = SharedSignal(self.world)
         self.parts.trunk.train()
         with StopRequest() as stop, closing(journal), closing(self.loader.batches(self.step, steps)) as batches:
             try:
@@ -152,7 +154,8 @@ class Trainer:
                     self._train_step(batch)
                     self.step += 1
                     self.images += train.batch_size
-                    last = self.step == steps or stop.requested
+                    signal = shared.agree(stop.signal)
+                    last = self.step == steps or signal is not None
                     if self._due(train.log_every or DEFAULT_LOG_STEPS * train.batch_size) or last:
                         self._log(journal)
                     if last:
@@ -163,13 +166,15 @@ class Trainer:
                 finished = self.step >= steps
                 if finished:
                     self._observe(journal, last=True)
-            except (EvaluationError, ConfigError, DataError, OSError):
-                self.save()  # what went wrong beside training must not cost what was trained
+            except (EvaluationError, ConfigError, DataError, OSError) as error:
+                if self.world.size == 1 or getattr(error, "shared", False):
+                    self.save()  # what went wrong beside training must not cost what was trained
                 raise
             self.save()
         status = "finished" if finished else "stopped"
+        stopped_by = max(self.world.gather(stop.signal or 0)) or None
         self._write_facts(status)
-        return TrainResult(self.run, status, self.step, self.images, self.seconds, stop.signal)
+        return TrainResult(self.run, status, self.step, self.images, self.seconds, stopped_by)
 
     def _train_step(self, batch: Batch) -> None:
         config, parts = self.config, self.parts
@@ -190,25 +195,28 @@ class Trainer:
             label_dropout=config.model.label_dropout,
             device=device,
         )
-        micro = train.micro_batch or train.batch_size
-        for start in range(0, train.batch_size, micro):
-            # Rows of the batch whose noisings this micro-batch holds.
-            rows = slice(start // train.noisings, (start + micro) // train.noisings)
-            output = self.module(
-                _repeat(clean[rows], train.noisings),
-                None if labels is None else _repeat(labels[rows], train.noisings),
-                draws.part(start, start + micro),
-                tuple(_repeat(tokens[rows], train.noisings) for tokens in targets),
-                _repeat(pixels[rows], train.noisings) if targets else None,
-                images_seen=self.images,
-                budget=train.images,
-                sample_weight=self.optimizer.scale / train.batch_size,
-            )
-            output.loss.backward()
+        part = self.share
+        for start in range(0, part.size, part.micro):
+            # Rows of this process's batch whose noisings this pass holds.
+            rows = slice(start // train.noisings, (start + part.micro) // train.noisings)
+            first = part.start + start
+            with self.parallel.backward(last=start + part.micro == part.size):
+                output = self.module(
+                    _repeat(clean[rows], train.noisings),
+                    None if labels is None else _repeat(labels[rows], train.noisings),
+                    draws.part(first, first + part.micro),
+                    tuple(_repeat(tokens[rows], train.noisings) for tokens in targets),
+                    _repeat(pixels[rows], train.noisings) if targets else None,
+                    images_seen=self.images,
+                    budget=train.images,
+                    sample_weight=self.optimizer.scale / part.size,
+                )
+                output.loss.backward()
             self._meter.add("denoising", output.denoising.mean())
             if output.alignment_loss is not None:
                 self._meter.add("alignment_loss", output.alignment_loss)
             self._by_time.add(output.denoising, output.unit_time)
+        self.parallel.finish()
         norm = self.optimizer.step(self.images + train.batch_size)
         parts.objective.update()
         self.ema.update(parts.trunk, self.step)
@@ -233,7 +241,7 @@ class Trainer:
             self._write(journal, "validation", **record)
         if due("samples", train.sample_every):
             record = self._pause(
-                lambda: save_grid(self._sampler, self.run / "samples", self.images, self.parts.num_classes)
+                lambda: save_grid(self._sampler, self.run / "samples", self.images, self.parts.num_classes, self.world)
             )
             self._write(journal, "samples", **record)
         # An untrained network's samples are not worth scoring.
@@ -260,7 +268,7 @@ class Trainer:
         self.seconds += self._window.stop()
         window, optimizer = self._window, self.optimizer
         elapsed = max(window.seconds, 1e-9)
-        logs = {name: plain(value) for name, value in self.parts.objective.logs().items()}
+        logs = {name: plain(value) for name, value in self.world.mean(self.parts.objective.logs()).items()}
         denoising, extra = means["denoising"], means.get("alignment_loss")
         record: dict[str, Any] = {
             "loss": None if denoising is None else denoising + (extra or 0.0),
@@ -314,16 +322,22 @@ class Trainer:
             "encoders": [encoder.fingerprint for encoder in self.parts.targets.encoders],
             "seed": self.config.seed,
         }
-        return save_checkpoint(self.run, Checkpoint(tensors, state), self.config.train.keep_checkpoints)
+        checkpoint, keep = Checkpoint(tensors, state), self.config.train.keep_checkpoints
+        return self.world.ask_first(lambda: save_checkpoint(self.run, checkpoint, keep))
 
     def _resume(self) -> None:
-        found = load_newest(self.run)
+        found = self.world.ask_first(lambda: find_newest(self.run))
         if found is None:
             self.say(f"{self.run} has no checkpoint: starting from the beginning.")
             return
-        checkpoint, complaints = found
+        path, complaints = found
         for complaint in complaints:
             self.say(f"Passed over a checkpoint: {complaint}")
+        with self.world.agreed():
+            self._take(load_checkpoint(path))
+
+    def _take(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint."""
         state = checkpoint.state
         if state["data"] != self.parts.dataset.fingerprint:
             raise CheckpointError(
@@ -345,31 +359,25 @@ class Trainer:
             )
         self.say(f"Resumed {self.run} at {self.images:,} images (step {self.step}).")
 
-    def _claim_folder(self, config: RunConfig, resume: bool) -> None:
-        """Refuse to write over another run, or to go on with one under a configuration that would change it."""
-        from vrpo.config_load import load_file, validate
-
-        file = self.run / "config.yaml"
-        if not file.is_file():
-            if self.run.is_dir() and any(self.run.iterdir()):
-                raise ConfigError(f"{self.run} is not empty and holds no run: choose another --out.")
-            return
-        if not resume:
-            if not (self.run / "checkpoints").is_dir() and not (self.run / "metrics.jsonl").is_file():
-                return  # it failed before its first step: nothing is lost by beginning again
-            raise ConfigError(f"{self.run} holds a run already: go on with --resume, or choose another --out.")
-        old = flatten(validate(load_file(file), str(file)).model_dump(mode="json"))
-        timeless = config.align.objective in TIMELESS and config.align.perceptual_image.kind == "none"
-        new = flatten(config.model_dump(mode="json"))
-        for key in sorted(set(old) | set(new)):
-            if old.get(key) != new.get(key) and not (_is_free(key) or (timeless and key == "train.images")):
-                raise ConfigError(
-                    f"resuming {self.run} would change {key} from {old.get(key)} to {new.get(key)}: start a new run "
-                    "with another --out, or leave it as it was."
-                )
+    def _begin_folder(self) -> None:
+        self.run.mkdir(parents=True, exist_ok=True)
+        write_text(self.run / "config.yaml", to_yaml(self.config))
+        self._write_facts("running")
 
     def _write_facts(self, status: str) -> None:
-        write_text(self.run / "run.json", json.dumps(facts(self.parts, status), indent=1))
+        if self.world.first:
+            write_text(self.run / "run.json", json.dumps(facts(self.parts, status, self.world), indent=1))
+
+    def _open_journal(self) -> Journal:
+        """Open the run's telemetry; processes other than the first keep none, but know what is in it."""
+        opened: list[Journal] = []
+
+        def last() -> dict[str, int]:
+            opened.append(Journal(self.run / "metrics.jsonl", self.images))
+            return opened[0].last
+
+        known = self.world.ask_first(last)
+        return opened[0] if opened else Journal(None, self.images, known)
 
     def _build_scorer(self) -> Callable[[], dict[str, Any]] | None:
         if self.config.evaluate.features is None or not self.config.train.evaluate_every:
@@ -381,11 +389,11 @@ class Trainer:
             if self.parts.held_out is None:
                 raise ConfigError("evaluate.reference is validation, but data.validation is not set: give that folder.")
             reference = self.parts.held_out
-        return Scorer(self.config, self._sampler, reference, self.parts.num_classes, self.parts.device)
+        return Scorer(self.config, self._sampler, reference, self.parts.num_classes, self.parts.device, self.world)
 
 
-def _is_free(key: str) -> bool:
-    return key in FREE_KEYS or key.endswith(FREE_ENDINGS) or key.startswith(FREE_SECTIONS)
+def _say_nothing(sentence: str) -> None:
+    """Leave speaking to the first process."""
 
 
 def _repeat(tensor: Tensor, times: int) -> Tensor:

@@ -1,0 +1,303 @@
+"""The processes of one run: who they are, what they tell each other, and one sentence where one of them refuses.
+
+A launcher such as `torchrun` starts the processes and says in the environment who is who (RANK, WORLD_SIZE and so on).
+What the hosts tell each other (errors, requests to stop, file names) goes through a gloo group of its own, so it needs
+no GPU and never meets the gradients.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from vrpo.errors import ConfigError, VrpoError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+# How long the gradients of a step may take to meet.
+STEP_TIMEOUT = timedelta(minutes=10)
+# How long processes may wait for the first one, which alone scores samples and fills token caches.
+HOST_TIMEOUT = timedelta(hours=6)
+
+
+class ProcessError(VrpoError):
+    """Another process of the run failed in a way that is not a user's error."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, seen from one of them; the default is a run of one process.
+
+    ``group`` is the hosts' group, None where there is no launcher. Under a launcher there is one even for one process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    group: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    @property
+    def connected(self) -> bool:
+        """Whether a launcher started this process."""
+        return self.group is not None
+
+    def gather(self, value: T) -> list[T]:
+        """Return every process's ``value``, by rank."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def ask_first(self, work: Callable[[], T]) -> T:
+        """Let the first process do ``work``, and return its result, or raise its error, in all of them."""
+        if self.size == 1:
+            return work()
+        import torch.distributed as dist
+
+        found: list[Any] = [None]
+        with self.agreed():
+            if self.first:
+                found = [work()]
+        dist.broadcast_object_list(found, src=0, group=self.group)
+        return found[0]
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Raise at the end of the block in all processes if one of them failed in it.
+
+        The block must not talk to other processes. The error is marked ``shared``, and ``silent`` in all processes
+        but the first of those that failed, which tells it.
+        """
+        if self.size == 1:
+            yield
+            return
+        own: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            own = error
+        self._settle(own)
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Do the block in the first process, then in the others, which find on disk what the first one made."""
+        if self.size == 1:
+            yield
+            return
+        if not self.first:
+            self._settle(None)
+        own: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            own = error
+        self._settle(own)
+        if self.first:
+            self._settle(None)
+
+    def _settle(self, own: Exception | None) -> None:
+        if self.size == 1:
+            return
+        told = own
+        if own is not None and not isinstance(own, (VrpoError, OSError)):
+            told = ProcessError(f"process {self.rank} of {self.size} failed with {type(own).__name__}: see its output.")
+        errors = self.gather(told)
+        failed = [rank for rank, error in enumerate(errors) if error is not None]
+        if not failed:
+            return
+        error: Any = own if own is not None else errors[failed[0]]
+        error.shared, error.silent = True, self.rank != failed[0]
+        raise error
+
+    def mean(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the means over processes of float tensors that all of them hold under the same names."""
+        if self.size == 1 or not values:
+            return dict(values)
+        import torch
+        import torch.distributed as dist
+
+        flat = torch.cat([value.float().flatten() for value in values.values()])
+        dist.all_reduce(flat)
+        flat /= self.size
+        parts = flat.split([value.numel() for value in values.values()])
+        return {name: part.view(value.shape) for (name, value), part in zip(values.items(), parts, strict=True)}
+
+    def add_up(self, value: Tensor) -> None:
+        """Replace ``value`` by its sum over processes."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(value)
+
+
+ALONE = World()
+
+
+class SharedSignal:
+    """The largest of the processes' signal numbers, agreed on without waiting for it.
+
+    Each step's question is answered at the next one, so that no step waits for the network, and all processes
+    learn the answer at the same step.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._pending: tuple[Any, Tensor] | None = None
+
+    def agree(self, number: int | None) -> int | None:
+        """Tell this process's signal and return the one that all know of, or None."""
+        if self._world.size == 1:
+            return number
+        import torch
+        import torch.distributed as dist
+
+        answer = None
+        if self._pending is not None:
+            work, flag = self._pending
+            work.wait()
+            answer = int(flag.item()) or None
+        flag = torch.tensor([number or 0], dtype=torch.int64)
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._world.group, async_op=True)
+        self._pending = (work, flag)
+        return answer
+
+
+@contextmanager
+def connect() -> Iterator[World]:
+    """Join the processes that a launcher started, for the time of the block.
+
+    Raises:
+        ConfigError: the launcher's environment is incomplete, or the others do not come.
+    """
+    world = _from_environment(os.environ)
+    if world is None:
+        yield ALONE
+        return
+    import torch
+    import torch.distributed as dist
+
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=STEP_TIMEOUT)
+        group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"process {world.rank} could not join the other {world.size - 1} ({reason}): start all of them with one "
+            "torchrun command, the same rendezvous on every node."
+        ) from error
+    yield World(world.rank, world.size, world.local_rank, world.local_size, group)
+    # After an error that only this process knows of, the others cannot answer: then the launcher ends them.
+    dist.destroy_process_group()
+
+
+def _from_environment(environment: Mapping[str, str]) -> World | None:
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if not {"RANK", "WORLD_SIZE"} <= environment.keys():
+        return None
+    missing = [name for name in needed if name not in environment]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is set but {missing[0]} is not: start the processes with torchrun, or unset WORLD_SIZE."
+        )
+    try:
+        numbers = [int(environment.get(name, default)) for name, default in _NUMBERS]
+    except ValueError as error:
+        raise ConfigError(
+            "RANK, WORLD_SIZE or LOCAL_RANK is not a number: start the processes with torchrun."
+        ) from error
+    return World(*numbers)
+
+
+_NUMBERS = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+
+
+def local_device(name: str, world: World) -> str:
+    """Return the device of this process: for "auto" under a launcher, the GPU of its local rank.
+
+    Raises:
+        ConfigError: there are fewer GPUs than processes, or one GPU is named for all of them.
+    """
+    import torch
+
+    if world.local_size > 1 and name.startswith("cuda:"):
+        raise ConfigError(f"train.device '{name}' would put all processes on one GPU: use auto.")
+    if not world.connected or name not in ("auto", "cuda") or not torch.cuda.is_available():
+        return name
+    if world.local_size > torch.cuda.device_count():
+        raise ConfigError(
+            f"{world.local_size} processes were started on a machine with {torch.cuda.device_count()} GPUs: give "
+            f"torchrun --nproc-per-node {torch.cuda.device_count()}."
+        )
+    return f"cuda:{world.local_rank}"
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's part of every step: noised images ``start`` to ``stop`` of the batch, ``micro`` a pass."""
+
+    start: int
+    stop: int
+    micro: int
+
+    @property
+    def size(self) -> int:
+        """Noised images of a step on this process."""
+        return self.stop - self.start
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of a step."""
+        return self.size // self.micro
+
+
+def share(batch_size: int, micro_batch: int, noisings: int, world: World = ALONE) -> Share:
+    """Divide a step's ``batch_size`` noised images among the processes.
+
+    Raises:
+        ConfigError: it does not divide into whole groups of noisings.
+    """
+    group = noisings * world.size
+    if batch_size % group:
+        nearest = max(1, round(batch_size / group)) * group
+        if world.size == 1:
+            raise ConfigError(
+                f"train.batch_size {batch_size} is not a multiple of train.noisings {noisings}: use {nearest}."
+            )
+        groups = "" if noisings == 1 else f" in whole groups of train.noisings {noisings}"
+        raise ConfigError(
+            f"train.batch_size {batch_size} does not divide among {world.size} processes{groups}: use {nearest}."
+        )
+    size = batch_size // world.size
+    micro = min(micro_batch or size, size)
+    if size % micro or micro % noisings:
+        divisors = [n for n in range(noisings, size + 1, noisings) if size % n == 0]
+        closest = min(divisors, key=lambda n: abs(n - micro))
+        whole = f"train.batch_size {size}" if world.size == 1 else f"the {size} images a step of each process"
+        raise ConfigError(
+            f"train.micro_batch {micro} does not divide {whole} into whole groups of noisings: use {closest}."
+        )
+    return Share(world.rank * size, (world.rank + 1) * size, micro)
+
+
+def describe_share(part: Share, world: World) -> str:
+    """Return the sentence that says how a step is divided."""
+    passes = "in one pass" if part.passes == 1 else f"in {part.passes} passes of {part.micro}"
+    whole = part.size * world.size
+    return f"A step's {whole} images are divided among {world.size} processes: {part.size} each, {passes}."

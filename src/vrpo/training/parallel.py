@@ -1,0 +1,74 @@
+"""How the processes of a run share its weights, and how their gradients meet: once a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vrpo.models.transformer import DiffusionTransformer
+from vrpo.training.distributed import World
+
+
+class Parallel:
+    """The trunk under DistributedDataParallel, the objective's own parameters averaged beside it.
+
+    ``trunk`` is what a step calls. The objective stays outside the wrapper because which of its parameters a step uses
+    changes in the course of a run (HASTE ends, a reward's weight reaches zero), which DistributedDataParallel would
+    have to look for in every step's graph. It is small, and its gradients meet in one message after the backward pass.
+    """
+
+    def __init__(self, trunk: DiffusionTransformer, objective: nn.Module, world: World, device: torch.device) -> None:
+        self.world = world
+        self.trunk: nn.Module = trunk
+        self._objective = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        self._ddp: DistributedDataParallel | None = None
+        if world.connected:
+            self._ddp = DistributedDataParallel(
+                trunk,
+                device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+            _arrange_buckets(self._ddp, trunk, device)
+            self.trunk = self._ddp
+
+    def backward(self, last: bool) -> AbstractContextManager[object]:
+        """Return the context of one forward and backward pass; gradients meet in the ``last`` of a step."""
+        if self._ddp is None or last:
+            return nullcontext()
+        return self._ddp.no_sync()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Average what the wrapper does not, after the last backward pass of a step."""
+        if self.world.size > 1:
+            average(parameter.grad for parameter in self._objective)
+
+
+def average(gradients: Iterable[Tensor | None]) -> None:
+    """Replace gradients by their means over processes, in one message; all processes lack the same ones."""
+    present = [gradient for gradient in gradients if gradient is not None]
+    if not present:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in present])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    parts = flat.split([gradient.numel() for gradient in present])
+    torch._foreach_copy_(present, [part.view_as(gradient) for part, gradient in zip(parts, present, strict=True)])
+
+
+def _arrange_buckets(ddp: DistributedDataParallel, trunk: DiffusionTransformer, device: torch.device) -> None:
+    """Let DistributedDataParallel see the order in which gradients come.
+
+    It rearranges its buckets once, after the first backward pass, and the order in which processes are summed depends
+    on a gradient's place in its bucket. With a pass of no consequence before the first step, a resumed run sums as an
+    uninterrupted one does, to the bit.
+    """
+    shape = (1, trunk.in_channels, trunk.input_size, trunk.input_size)
+    ddp(torch.zeros(shape, device=device), torch.zeros(1, device=device)).sum().backward()
+    ddp.zero_grad(set_to_none=True)

@@ -1,0 +1,83 @@
+"""Processes that stay ready, so that tests of several of them do not each wait for torch to load."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+JOB_SECONDS = 120
+
+
+class Team:
+    """Up to ``size`` processes that run functions together, as a launcher would start them."""
+
+    def __init__(self, size: int) -> None:
+        # Forked from a server that has loaded everything once.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["vrpo.training.trainer", "timm"])
+        self._members = []
+        for _ in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            self._members.append((process, ours))
+
+    def run(self, size: int, function: Callable[..., Any], *arguments: Any, **environment: str) -> list[Any]:
+        """Return what ``function(*arguments)`` returns in each of ``size`` processes."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(size):
+            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+            names = {**places, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+            self._members[rank][1].send((function, arguments, {name: str(value) for name, value in names.items()}))
+        answers = []
+        for rank in range(size):
+            assert self._members[rank][1].poll(JOB_SECONDS), f"process {rank} of {size} does not answer"
+            done, answer = self._members[rank][1].recv()
+            assert done, f"process {rank} of {size}:\n{answer}"
+            answers.append(answer)
+        return answers
+
+    def close(self) -> None:
+        for process, connection in self._members:
+            connection.close()
+            process.terminate()
+            process.join()
+
+
+def _serve(connection: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, arguments, environment = connection.recv()
+        except EOFError:
+            return
+        os.environ.update(environment)
+        try:
+            connection.send((True, function(*arguments)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+
+
+def train(config: dict[str, Any], folder: Path, resume: bool = False) -> tuple[str, list[str], bool]:
+    """Train in this process's place, and return how it ended, what was said, and whether an error is silent."""
+    from vrpo.config_load import validate
+    from vrpo.errors import VrpoError
+    from vrpo.training.distributed import connect
+    from vrpo.training.trainer import Trainer
+
+    said: list[str] = []
+    with connect() as world:
+        try:
+            trainer = Trainer(validate(config, "the test"), folder, resume=resume, say=said.append, world=world)
+            return trainer.train().status, said, False
+        except VrpoError as error:
+            return f"{type(error).__name__}: {error}", said, error.silent
