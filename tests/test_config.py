@@ -127,7 +127,7 @@ def test_file_that_is_no_configuration(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read the configuration"):
         load_file(file)
     file.write_text("train: [1, 2")
-    with pytest.raises(ConfigError, match=r"is not valid YAML at line \d"):
+    with pytest.raises(ConfigError, match=r"cannot be read as YAML \(it is not valid at line \d\)"):
         load_file(file)
     file.write_text("- a\n- b\n")
     with pytest.raises(ConfigError, match="holds no configuration"):

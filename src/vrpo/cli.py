@@ -9,6 +9,7 @@ from importlib import import_module
 
 from vrpo import __version__
 from vrpo.errors import ConfigError, VrpoError, nearest
+from vrpo.untrusted import printable
 
 INTERRUPTED = 130
 
@@ -55,7 +56,7 @@ def main(words: Sequence[str] | None = None) -> None:
         code = _dispatch(list(words))
     except VrpoError as error:
         if not error.silent:
-            print(f"vrpo: {error}", file=sys.stderr)
+            print(f"vrpo: {printable(str(error))}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         remedy = CONTINUE.get(words[0] if words else "", "run the command again to start over.")
@@ -67,7 +68,7 @@ def main(words: Sequence[str] | None = None) -> None:
         code = 0
     except OSError as error:
         if not getattr(error, "silent", False):
-            print(f"vrpo: {_os_sentence(error)}", file=sys.stderr)
+            print(f"vrpo: {printable(_os_sentence(error))}", file=sys.stderr)
         code = VrpoError.exit_code
     sys.exit(code)
 

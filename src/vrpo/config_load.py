@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from vrpo.config import AlignConfig, RunConfig
 from vrpo.errors import ConfigError, nearest
+from vrpo.untrusted import MAX_YAML_BYTES, parse_yaml, read_text, unseal_text
 
 OBJECTIVES: tuple[str, ...] = get_args(AlignConfig.model_fields["objective"].annotation)
 
@@ -55,20 +56,20 @@ def _with_parents(file_name: str) -> dict[str, Any]:
     return merge(_with_parents(f"{parent}.yaml"), values) if parent else values
 
 
-def load_file(path: Path) -> dict[str, Any]:
-    """Return the values of a YAML configuration file.
+def load_file(path: Path, *, sealed: bool = False) -> dict[str, Any]:
+    """Return the values of a YAML configuration file; with ``sealed``, of one that a run wrote for itself.
 
     Raises:
-        ConfigError: it is missing, is not YAML, or holds no mapping.
+        ConfigError: it is missing, is not YAML, holds no mapping, or with ``sealed`` was changed since.
     """
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
+        text = read_text(path, MAX_YAML_BYTES)
+        values = parse_yaml(unseal_text(text) if sealed else text)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise ConfigError(f"{path} is not valid YAML{line}: correct it or start from `vrpo presets NAME`.") from error
+    except ValueError as error:
+        remedy = "put it back as the run wrote it." if sealed else "correct it or start from `vrpo presets NAME`."
+        raise ConfigError(f"{path} cannot be read as YAML ({error}): {remedy}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no configuration: expected sections such as 'train:' and 'align:'.")
     return values

@@ -67,7 +67,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"there are no weights at {path}: give the path of a safetensors file.")
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file: use another copy.") from error
 
 

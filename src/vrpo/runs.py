@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vrpo.errors import CheckpointError, DataError
+from vrpo.untrusted import MAX_JSON_BYTES, MAX_YAML_BYTES, parse_json, parse_yaml, read_text, unseal, unseal_text
 
 Record = dict[str, Any]
 
@@ -57,13 +58,13 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The resolved configuration as nested dictionaries."""
-        import yaml
-
         file = self.path / "config.yaml"
         try:
-            tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise DataError(f"{file} is not YAML: restore it, or give another run's folder.") from error
+            tree = parse_yaml(unseal_text(read_text(file, MAX_YAML_BYTES)))
+        except ValueError as error:
+            raise DataError(
+                f"{file} is not the YAML that the run wrote ({error}): restore it, or give another run's folder."
+            ) from error
         if not isinstance(tree, dict):
             raise DataError(f"{file} holds no configuration: restore it, or give another run's folder.")
         return tree
@@ -76,7 +77,7 @@ class Run:
             return {}
         facts = _load_object(file)
         if facts is None:
-            raise DataError(f"{file} is not a JSON object: remove it to read the run without its facts.")
+            raise DataError(f"{file} is not a JSON object or was damaged: remove it to read the run without its facts.")
         return facts
 
     @property
@@ -159,8 +160,8 @@ class Run:
 
     def _grids(self) -> Iterator[SampleGrid]:
         for record in self.metrics("samples"):
-            file = self.path / str(record.get("file", ""))
-            if file.is_file():
+            file = self.path / "samples" / Path(str(record.get("file", ""))).name
+            if file.suffix == ".png" and _is_inside(file, self.path):
                 yield SampleGrid(
                     file=file,
                     step=int(record.get("step", 0)),
@@ -191,16 +192,22 @@ class Run:
         return complete[-1]
 
 
+def _is_inside(file: Path, folder: Path) -> bool:
+    """Whether a file lies in a folder, links followed: a report shows nothing from elsewhere."""
+    return file.is_file() and file.resolve().is_relative_to(folder.resolve())
+
+
 def _parse_object(text: str | bytes) -> Record | None:
     try:
-        value = json.loads(text)
-    except ValueError:  # covers undecodable bytes as well as malformed JSON
+        value = parse_json(text)
+        return unseal(value, required=False) if isinstance(value, dict) else None
+    except ValueError:  # undecodable bytes, malformed JSON, or other content than was sealed
         return None
-    return value if isinstance(value, dict) else None
 
 
 def _load_object(file: Path) -> Record | None:
-    return _parse_object(file.read_bytes())
+    with file.open("rb") as stream:
+        return _parse_object(stream.read(MAX_JSON_BYTES + 1))
 
 
 def _without_rewound(records: list[Record]) -> list[Record]:

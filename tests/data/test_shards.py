@@ -17,6 +17,7 @@ from vrpo.data.shards import ShardedDataset, verify_dataset, write_atomically
 from vrpo.data.sources import ArraySource
 from vrpo.data.transforms import decode
 from vrpo.errors import DataError
+from vrpo.untrusted import unseal
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,8 @@ def test_a_damaged_shard_is_named_on_opening(copy):
 
 def test_a_bad_manifest_is_one_sentence(copy):
     file = copy / "manifest.json"
-    manifest = json.loads(file.read_text())
+    sealed = json.loads(file.read_text())
+    manifest = unseal(sealed)
 
     def message(content: str) -> str:
         file.write_text(content)
@@ -143,6 +145,7 @@ def test_a_bad_manifest_is_one_sentence(copy):
 
     assert "is damaged" in message("{")
     assert "is damaged" in message("[]")
+    assert "content differs from its seal" in message(json.dumps(sealed | {"class_names": ["a", "b", "d"]}))
     assert "prepared in format 99" in message(json.dumps(manifest | {"version": 99, "new": 1}))
     assert "source" in message(json.dumps({k: v for k, v in manifest.items() if k != "source"}))
     outside = json.loads(json.dumps(manifest))

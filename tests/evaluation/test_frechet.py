@@ -223,5 +223,5 @@ def test_misuse_is_one_sentence(random: np.random.Generator, tmp_path) -> None:
     with pytest.raises(EvaluationError, match="at least 2 samples and 1"):
         frechet_distance(statistics, statistics_of(np.ones((1, 4))))
     (tmp_path / "text.npz").write_text("no archive")
-    with pytest.raises(EvaluationError, match=r"text\.npz holds no readable"):
+    with pytest.raises(EvaluationError, match=r"text\.npz is no readable"):
         FeatureStatistics.load(tmp_path / "text.npz")

@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from vrpo.commands.outputs import check_output
 from vrpo.commands.parse import parse
 from vrpo.config import Count, Positive, Seed
+from vrpo.untrusted import printable
 
 
 @dataclass
@@ -52,7 +53,7 @@ def prepare(words: list[str]) -> int:
         shard_bytes=options.shard_mb * 2**20,
         max_pixels=options.max_pixels,
     )
-    print(result.summary())
+    print(printable(result.summary()))
     return 0
 
 
@@ -73,11 +74,11 @@ def data_info(words: list[str]) -> int:
     manifest = ShardedDataset(options.path).manifest
     counts, done = manifest.counts, manifest.preprocessing
     classes = f"{len(manifest.class_names)} classes" if manifest.class_names else "no labels"
-    print(f"{counts.images:,} images of {done.size} x {done.size}, {classes}, from {manifest.source.name}")
+    print(f"{counts.images:,} images of {done.size} x {done.size}, {classes}, from {printable(manifest.source.name)}")
     print(f"crop {done.crop}, resample {done.resample}, flip {done.flip}; fingerprint {manifest.fingerprint}")
     print(f"unreadable {counts.bad:,}, scaled up {counts.upscaled:,}, passed over {counts.ignored:,}")
     for name, count in zip(manifest.class_names, manifest.class_counts, strict=True):
-        print(f"  {name}: {count:,}")
+        print(f"  {printable(name)}: {count:,}")
     return 0
 
 

@@ -89,7 +89,7 @@ def _read(words: list[str]) -> tuple[Train, RunConfig, Path]:
         where, values = str(options.config), load_file(options.config)
     elif options.resume and options.out is not None:
         where = str(options.out / "config.yaml")
-        values = load_file(options.out / "config.yaml")
+        values = load_file(options.out / "config.yaml", sealed=True)
     if options.data is not None:
         values = merge(values, {"data": {"path": str(options.data)}})
     config = build_config(values, rest, where, option_names(Train)).with_absolute_paths()

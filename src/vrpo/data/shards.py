@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vrpo.errors import DataError
+from vrpo.untrusted import parse_json, printable, read_json, seal, unseal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +33,7 @@ MANIFEST = "manifest.json"
 _DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype("<u1"), "I64": np.dtype("<i8")}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _BLOCK = 1 << 22
+_MAX_HEADER = 1 << 20  # ours take some 400 bytes
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -103,7 +106,7 @@ class Manifest(Record):
 
     def to_json(self) -> str:
         """Return the text of ``manifest.json``, the same for the same data set."""
-        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+        return json.dumps(seal(self.model_dump(mode="json")), indent=1) + "\n"
 
 
 def fingerprint(preprocessing: Preprocessing, shards: Sequence[ShardRecord]) -> str:
@@ -119,13 +122,13 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """
     file = Path(path) / MANIFEST
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         version = int(content["version"])
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
             f"'{path}' holds no prepared data set (no {MANIFEST}): make one with 'vrpo prepare SOURCE {path}'."
         ) from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise _damaged_manifest(file, str(error)) from error
     if version > FORMAT_VERSION:
         raise DataError(
@@ -133,7 +136,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
             "update vrpo or prepare the source again."
         )
     try:
-        manifest = Manifest.model_validate(content)
+        manifest = Manifest.model_validate(_unsealed(content, file))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -143,6 +146,13 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     ):
         raise _damaged_manifest(file, "its entries contradict its fingerprint")
     return manifest
+
+
+def _unsealed(content: dict[str, Any], file: Path) -> dict[str, Any]:
+    try:
+        return unseal(content, required=False)
+    except ValueError as error:
+        raise _damaged_manifest(file, str(error)) from error
 
 
 def _damaged_manifest(file: Path, reason: str) -> DataError:
@@ -261,7 +271,14 @@ class ShardedDataset:
     def labels(self) -> NDArray[np.int64] | None:
         """Return all labels, int64 (N,), or None where the data set is unlabelled."""
         if self._labels is None and self.labelled:
-            self._labels = np.concatenate([shard["labels"] for shard in self._shards]).astype(np.int64)
+            labels = [shard["labels"] for shard in self._shards]
+            for record, part in zip(self.manifest.shards, labels, strict=True):
+                if part.min() < 0 or part.max() >= self.num_classes:
+                    raise DataError(
+                        f"'{self.path / record.file}' has a label outside 0 .. {self.num_classes - 1}: "
+                        "delete the folder and prepare the source again."
+                    )
+            self._labels = np.concatenate(labels).astype(np.int64)
         return self._labels
 
     def key(self, index: int) -> str:
@@ -269,7 +286,7 @@ class ShardedDataset:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         tensors = self._shards[shard]
         begin, end = tensors["key_offsets"][index - self._starts[shard] :][:2]
-        return bytes(tensors["key_bytes"][begin:end]).decode()
+        return printable(bytes(tensors["key_bytes"][begin:end]).decode("utf-8", "backslashreplace"))
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read every shard and compare its SHA-256; ``progress`` is told bytes read and bytes in all.
@@ -313,7 +330,7 @@ class ShardedDataset:
         try:
             tensors = _views(mapped)
             fits = all(shape in (None, tensors[name].shape) for name, shape in expected.items())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise DataError(f"'{file}' has a damaged header: {again}") from error
         if not fits:
             raise DataError(f"'{file}' does not hold what {MANIFEST} says: {again}")
@@ -323,13 +340,15 @@ class ShardedDataset:
 def _views(mapped: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
     """Return views of the tensors in a mapped safetensors file (8-byte header length, JSON header, data)."""
     start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
-    if start > len(mapped):
+    if start > min(len(mapped), _MAX_HEADER):
         raise ValueError("header longer than the file")
-    header = json.loads(mapped[8:start].tobytes())
+    header = parse_json(mapped[8:start].tobytes())
     views = {}
     for name, entry in header.items():
         if name != "__metadata__":
-            begin, end = entry["data_offsets"]
+            begin, end = map(operator.index, entry["data_offsets"])
+            if not 0 <= begin <= end <= len(mapped) - start or min(entry["shape"], default=0) < 0:
+                raise ValueError(f"{name} lies outside the file")
             data = np.asarray(mapped[start + begin : start + end])
             views[name] = data.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return views

@@ -36,20 +36,34 @@ def decode(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> tuple[NDArra
     The dimensions in the header are checked before anything is decoded, so memory stays below about eight
     bytes times ``max_pixels``. Raises DataError with the reason, whatever is wrong with the bytes.
     """
+    with _opened(data) as image:
+        width, height = image.size
+        _check_dimensions(width, height, size, max_pixels)
+        pixels = np.asarray(centre_crop(_to_rgb(image), size))
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)), min(width, height) < size
+
+
+def decode_whole(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Decode one image to RGB as it is, uint8 (H, W, 3); limits and errors are those of ``decode``."""
+    with _opened(data) as image:
+        _check_dimensions(*image.size, 1, max_pixels)
+        return np.asarray(_to_rgb(image))
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """Open an image of a known format; whatever decoding raises becomes a DataError."""
     if not data:
         raise DataError("the file is empty")
     try:
         with _own_pixel_limit(), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            width, height = image.size
-            _check_dimensions(width, height, size, max_pixels)
-            pixels = np.asarray(centre_crop(_to_rgb(image), size))
+            yield image
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError as error:
         raise DataError("its content is no image of a known format") from error
     except Exception as error:  # decoders raise any type on damaged bytes
         raise DataError(_reason(error)) from error
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)), min(width, height) < size
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

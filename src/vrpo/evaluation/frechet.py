@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,12 +11,15 @@ import torch
 from numpy.typing import NDArray
 
 from vrpo.errors import EvaluationError
+from vrpo.evaluation.npz import read_arrays
 
 Array = NDArray[np.float64]
 
 # Rows are folded into the moments in blocks of this fixed size, so the sums do not depend on how a caller
 # batches.
 _BLOCK = 4096
+# The widest features that are read from a file: a covariance of 2 GiB.
+MAX_WIDTH = 16_384
 
 
 class _Moments(NamedTuple):
@@ -131,16 +133,17 @@ class FeatureStatistics:
 
         ``names`` are those of the mean and covariance in the file.
         """
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                count = int(archive["count"]) if "count" in archive else None
-                statistics = cls.from_moments(archive[names[0]], archive[names[1]], count)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        mean, covariance = names
+        arrays = read_arrays(Path(path), {mean: (MAX_WIDTH,), covariance: (MAX_WIDTH, MAX_WIDTH), "count": ()})
+        if not set(names) <= set(arrays) or any(arrays[name].dtype.kind not in "fiu" for name in names):
             raise EvaluationError(
-                f"{path} holds no readable '{names[0]}' and '{names[1]}' arrays; give an .npz of feature statistics."
-            ) from error
-        _require_finite(statistics.mean, statistics.covariance)
-        return statistics
+                f"{path} holds no readable '{mean}' and '{covariance}' arrays; give an .npz of feature statistics."
+            )
+        count = int(arrays["count"]) if "count" in arrays and arrays["count"].dtype.kind in "iu" else None
+        if count is not None and count < 2:
+            raise EvaluationError(f"{path} says that it was made of {count} images; give one of at least 2.")
+        _require_finite(arrays[mean], arrays[covariance])
+        return cls.from_moments(arrays[mean], arrays[covariance], count)
 
     def factor(self) -> Array:
         """Return A (D, r) with A A^T equal to the covariance and r its numerical rank."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
+import math
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,12 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vrpo.data.shards import MANIFEST, ShardedDataset
-from vrpo.errors import EvaluationError
+from vrpo.errors import DataError, EvaluationError
+from vrpo.evaluation.npz import npz_members, open_array
 
 if TYPE_CHECKING:
     from vrpo.data.sources import Entry, Source
 
 _DECODERS = 4
+# The largest image that is read, encoded or, in an npz, as pixels: 64 megapixels of RGB.
+_MAX_BYTES = 192 << 20
 
 
 @dataclass(frozen=True)
@@ -150,17 +154,22 @@ def _from_source(source: Source) -> ImageSet:
 
 def _contents(source: Source, entries: Sequence[Entry]) -> Iterator[bytes]:
     for entry in entries:
-        with source.open(entry) as stream:
-            yield stream.read()
+        try:
+            with source.open(entry) as stream:
+                content = stream.read(_MAX_BYTES + 1)
+        except Exception as error:  # a damaged zip member raises any of zlib's, zipfile's and the system's errors
+            raise EvaluationError(f"Image '{entry.key}' cannot be read ({error}); replace it or remove it.") from error
+        if len(content) > _MAX_BYTES:
+            raise EvaluationError(f"Image '{entry.key}' is larger than {_MAX_BYTES:,} bytes; remove it.")
+        yield content
 
 
 def _decode(content: bytes, key: str) -> NDArray[np.uint8]:
-    from PIL import Image
+    from vrpo.data.transforms import decode_whole
 
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return np.asarray(image.convert("RGB"))
-    except Exception as error:  # decoders raise any type on damaged bytes
+        return decode_whole(content)
+    except DataError as error:
         raise EvaluationError(f"Image '{key}' cannot be decoded ({error}); replace it or remove it.") from error
 
 
@@ -172,48 +181,28 @@ def _from_npz(path: Path) -> ImageSet:
         )
     with zipfile.ZipFile(path) as archive:
         checksum = archive.getinfo("arr_0.npy").CRC
-        with archive.open("arr_0.npy") as stream:
-            shape, dtype = _npy_header(stream, path)
+        with open_array(archive, "arr_0", path) as (_, shape, fortran_order, dtype):
+            pass
+    if fortran_order:
+        raise EvaluationError(f"'arr_0' of {path} is in Fortran order; save numpy.ascontiguousarray of it.")
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[0] == 0:
         raise EvaluationError(
             f"'arr_0' of {path} is {dtype} of shape {shape}; give uint8 images (N, H, W, 3) with N > 0."
         )
-    image_bytes = int(np.prod(shape[1:]))
+    image_bytes = math.prod(shape[1:])
+    if not 0 < image_bytes <= _MAX_BYTES:
+        raise EvaluationError(f"'arr_0' of {path} has images of {shape[2]}x{shape[1]} pixels; give smaller ones.")
 
     def batches(size: int) -> Iterator[Tensor]:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
-            _npy_header(stream, path)
+        with zipfile.ZipFile(path) as archive, open_array(archive, "arr_0", path) as (stream, *_):
             for start in range(0, shape[0], size):
                 count = min(size, shape[0] - start)
                 try:
                     content = stream.read(count * image_bytes)
                     pixels = np.frombuffer(content, dtype=np.uint8).reshape(count, *shape[1:])
-                except (ValueError, EOFError, zipfile.BadZipFile) as error:
+                except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
                     raise EvaluationError(f"{path} is damaged ({error}); write it again.") from error
                 yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).contiguous()
 
     fingerprint = hashlib.sha256(repr(("npz", shape, checksum)).encode()).hexdigest()
     return ImageSet(path.name, shape[0], batches, lambda: fingerprint, _beside(path))
-
-
-def npz_members(path: Path) -> dict[str, int]:
-    """Return the names of the arrays in an ``.npz``, each with the CRC-32 of its content."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {member.filename.removesuffix(".npy"): member.CRC for member in archive.infolist()}
-    except FileNotFoundError as error:
-        raise EvaluationError(f"There is no {path}; give an existing .npz file.") from error
-    except (OSError, zipfile.BadZipFile) as error:
-        raise EvaluationError(f"{path} is no readable .npz file ({error}); write it again.") from error
-
-
-def _npy_header(stream: Any, path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    try:
-        version = np.lib.format.read_magic(stream)
-        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = reader(stream)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise EvaluationError(f"'arr_0' of {path} is no array ({error}); write the file again.") from error
-    if fortran_order:
-        raise EvaluationError(f"'arr_0' of {path} is in Fortran order; save numpy.ascontiguousarray of it.")
-    return shape, dtype

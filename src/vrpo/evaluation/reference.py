@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +15,9 @@ from torch import Tensor
 
 from vrpo.errors import EvaluationError
 from vrpo.evaluation.features import FeatureNetwork, feature_batches
-from vrpo.evaluation.frechet import FeatureStatistics
-from vrpo.evaluation.images import ImageLike, ImageSet, npz_members, open_images
+from vrpo.evaluation.frechet import MAX_WIDTH, FeatureStatistics
+from vrpo.evaluation.images import ImageLike, ImageSet, open_images
+from vrpo.evaluation.npz import Limit, npz_members, read_arrays
 from vrpo.evaluation.protocol import INCEPTION, FeaturesRecord, ReferenceRecord
 
 # The ADM suite compares manifolds with 10,000 reference images.
@@ -168,13 +168,9 @@ def _read_adm(
 def _read_reference(file: Path, features: FeaturesRecord) -> Reference:
     statistics = FeatureStatistics.load(file)
     wanted = {f"features_{name}" for name in vars(features)}
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            names = (wanted | {"vectors", "name", "fingerprint"}) & set(archive.files)
-            entries = {name: archive[name] for name in names}
-            spatial = FeatureStatistics.load(file, SPATIAL) if set(SPATIAL) <= set(archive.files) else None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise EvaluationError(f"{file} is damaged ({error}); compute the statistics again.") from error
+    limits: dict[str, Limit] = dict.fromkeys((*wanted, "name", "fingerprint"), ())
+    entries = read_arrays(file, {**limits, "vectors": (MANIFOLD_IMAGES, MAX_WIDTH)})
+    spatial = FeatureStatistics.load(file, SPATIAL) if set(SPATIAL) <= npz_members(file).keys() else None
     if not wanted <= set(entries):
         raise EvaluationError(
             f"{file.name} does not say which feature network its 'mu' and 'sigma' belong to; give the images instead."
@@ -182,13 +178,19 @@ def _read_reference(file: Path, features: FeaturesRecord) -> Reference:
     values = {name: entries[f"features_{name}"].item() for name in vars(features)}
     if FeaturesRecord(**values) != features:
         raise _other_network(file.name, values["architecture"], features)
-    vectors = torch.from_numpy(entries["vectors"]) if "vectors" in entries else None
+    vectors = _read_vectors(entries["vectors"], statistics.width, file) if "vectors" in entries else None
     if vectors is not None and len(vectors) == statistics.count:
         # With every row at hand, a set smaller than its dimensions keeps its exact covariance factor.
         statistics = FeatureStatistics()
         statistics.update(vectors)
     record = ReferenceRecord(str(entries.get("name", file.name)), statistics.count, str(entries.get("fingerprint", "")))
     return Reference(record, features, statistics, vectors, spatial)
+
+
+def _read_vectors(vectors: NDArray, width: int, file: Path) -> Tensor:
+    if vectors.dtype != np.float32 or vectors.shape[1] != width or not np.isfinite(vectors).all():
+        raise EvaluationError(f"'vectors' of {file} do not fit its 'mu'; give the images instead.")
+    return torch.from_numpy(vectors)
 
 
 def _other_network(name: str, architecture: str, features: FeaturesRecord) -> EvaluationError:

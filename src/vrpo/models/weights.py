@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +47,7 @@ _BLOCK_NAMES = {
     "feed_forward.output": "mlp.fc2",
     "modulation": "adaLN_modulation.1",
 }
+_LEGACY_BLOCK = re.compile(r"decoder_blocks\.(\d{1,4})\.(.+)", re.DOTALL)
 _PROJECTORS = "projectors."
 # Files in half precision round the position table by up to 2 ** -9.
 _TABLE_TOLERANCE = 1e-2
@@ -175,7 +177,7 @@ def read_tensors(path: str | Path) -> StateDict:
 
         try:
             content = load_file(path)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"'{path}' is not a readable safetensors file: {error}.") from error
     else:
         content = _read_pt(path)
@@ -199,7 +201,7 @@ def _read_pt(path: Path) -> Any:
                 f"'{path}' is damaged or holds Python objects, which are never executed: "
                 "save its tensors alone, best as safetensors."
             ) from error
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        except Exception as error:  # on damaged bytes it raises any type
             raise CheckpointError(f"'{path}' is damaged or no PyTorch file: get it again.") from error
 
 
@@ -218,9 +220,9 @@ def _join_legacy_blocks(published: Mapping[str, Tensor]) -> StateDict:
     below = {name.split(".")[1] for name in published if name.startswith("blocks.")}
     joined = {}
     for name, value in published.items():
-        if name.startswith("decoder_blocks."):
-            _, index, rest = name.split(".", 2)
-            name = f"blocks.{int(index) + len(below)}.{rest}"
+        legacy = _LEGACY_BLOCK.match(name)
+        if legacy:
+            name = f"blocks.{int(legacy[1]) + len(below)}.{legacy[2]}"
         joined[name] = value
     return joined
 

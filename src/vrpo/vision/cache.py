@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vrpo.errors import ConfigError, DataError
+from vrpo.untrusted import read_json, seal, unseal
 from vrpo.vision.backbone import EncoderOutput
 from vrpo.vision.encoders import Encoder
 from vrpo.vision.rows import ImageRows
@@ -204,7 +205,7 @@ class TokenCache:
 
     def _map(self, part: int) -> np.ndarray:
         if part not in self._maps:
-            self._maps[part] = np.load(self._path(part), mmap_mode="r")
+            self._maps[part] = np.load(self._path(part), mmap_mode="r", allow_pickle=False)
         return self._maps[part]
 
     def _read_index(self) -> dict[int, str]:
@@ -212,10 +213,14 @@ class TokenCache:
         path = self.folder / INDEX
         if not path.is_file():
             return {}
-        index = json.loads(path.read_text())
+        try:
+            index = {int(key): str(digest) for key, digest in unseal(read_json(path))["parts"].items()}
+        except (ValueError, KeyError, AttributeError) as error:
+            raise DataError(
+                f"The token cache's {path} is damaged ({error}): delete {self.folder}; it is built again."
+            ) from error
         finished = {}
-        for key, digest in index["parts"].items():
-            part = int(key)
+        for part, digest in index.items():
             rows = min(self.part_rows, self.rows - part * self.part_rows)
             try:
                 whole = self._map(part).shape == (rows, *self.shape)
@@ -229,7 +234,7 @@ class TokenCache:
 
     def _write_index(self) -> None:
         parts = {str(part): digest for part, digest in sorted(self._hashes.items())}
-        text = json.dumps({**self.identity, "parts": parts}, indent=1)
+        text = json.dumps(seal({**self.identity, "parts": parts}), indent=1)
         unfinished = self.folder / f"{INDEX}.unfinished"
         with unfinished.open("w") as file:
             file.write(text)

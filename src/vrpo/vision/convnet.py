@@ -6,9 +6,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from vrpo.errors import CheckpointError, ConfigError, DataError
 from vrpo.files import sha256_file
+from vrpo.untrusted import parse_json
 from vrpo.vision.backbone import HALF, Backbone
 from vrpo.vision.rows import ImageRows
 from vrpo.vision.weight_files import fit_weights, read_metadata, read_weights
@@ -26,6 +28,7 @@ METADATA_KEY = "vrpo_encoder"
 STRIDE = 4
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 2000
 LEAST_IMAGES = 20
+MAX_INPUT = 4096
 BATCH_SIZE = 128
 PEAK_RATE, WARM_UP, WEIGHT_DECAY = 3e-3, 0.1, 0.05
 
@@ -143,10 +146,25 @@ def load_conv(weights: str | Path | None, *, feature: int | None = None) -> Conv
         raise CheckpointError(
             f"{path} was not written by `vrpo encoder fit`: name its architecture, not '{ARCHITECTURE}'."
         )
-    record = json.loads(text)
-    network = ConvEncoder(ConvConfig(**record["config"]))
-    fit_weights(network, read_weights(path), architecture=ARCHITECTURE, source=path)
+    state = read_weights(path)
+    network = ConvEncoder(_recorded_config(text, state, path))
+    fit_weights(network, state, architecture=ARCHITECTURE, source=path)
     return ConvBackbone(network.eval(), sha256_file(path))
+
+
+def _recorded_config(text: str, state: Mapping[str, Any], path: Path) -> ConvConfig:
+    """Return the configuration in a file's metadata, held to the sizes of its tensors before any is built."""
+    try:
+        config = ConvConfig(**parse_json(text)["config"])
+        sizes = (config.num_classes, config.width)
+        fits = all(type(value) is int and value >= 0 for value in vars(config).values())
+        fits = fits and tuple(state["classifier.weight"].shape) == sizes
+        fits = fits and config.blocks <= len(state) and 0 < config.input_size <= MAX_INPUT
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} has damaged metadata ({error}): fit the encoder again.") from error
+    if not fits:
+        raise CheckpointError(f"{path} has metadata that contradict its tensors: fit the encoder again.")
+    return config
 
 
 def fit_encoder(

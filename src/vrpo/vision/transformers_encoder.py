@@ -156,15 +156,15 @@ def load_transformers(name: str, *, weights: str | Path | None, feature: int | N
 
     source = name.removeprefix(PREFIX)
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.model_type == "vit_mae":
             config.mask_ratio = 0.0
         if weights is None:
-            model = AutoModel.from_pretrained(source, config=config, dtype=torch.float32)
+            model = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, trust_remote_code=False)
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                model = AutoModel.from_config(config)
+                model = AutoModel.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"The transformers model '{source}' could not be had ({type(error).__name__}): give a local "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}): fetch it again.") from error
 
 
@@ -59,13 +58,13 @@ def read_weights(path: Path) -> dict[str, Any]:
 
         try:
             return load_file(path)
-        except SafetensorError as error:
+        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"{path} is not a whole safetensors file ({error}): fetch it again.") from error
     if path.suffix not in PICKLED:
         raise CheckpointError(f"{path} is not a weights file: give .safetensors, or .pt, .pth or .bin of PyTorch.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # on damaged bytes it raises any type
         raise CheckpointError(f"{path} cannot be read as plain tensors: save its state_dict as safetensors.") from error
     for wrapper in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
