@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from machine import describe, slug
 from memory import LiveBytes, storages
 from vrpo.alignment.build import build_objective
+from vrpo.alignment.objective import TargetBatch
 from vrpo.config import RunConfig
 from vrpo.config_load import load_preset, merge, validate
 from vrpo.models.transformer import SIZES, DiffusionTransformer, build_transformer, parse_model_name
@@ -160,10 +161,10 @@ class Runner:
         bench, noisings = self.bench, self.contender.noisings
         case = bench.case
         rows = slice(case.batch // noisings)
-        targets: tuple[Tensor, ...] = ()
+        targets = TargetBatch()
         if self.contender.objective != "none":
             tokens = bench.targets[rows] if self.encoder is None else self.encoder.tokens(bench.images[rows])
-            targets = (_repeat(tokens, noisings),)
+            targets = TargetBatch((_repeat(tokens, noisings),))
         draws = draw_step(
             0,
             self.steps,
@@ -178,7 +179,7 @@ class Runner:
             _repeat(bench.labels[rows], noisings),
             draws,
             targets,
-            _repeat(bench.images[rows], noisings) if targets else None,
+            _repeat(bench.images[rows], noisings) if targets.tokens else None,
             images_seen=IMAGES_SEEN + self.steps * case.batch,
             budget=BUDGET,
             sample_weight=self.optimizer.scale / case.batch,

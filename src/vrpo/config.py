@@ -182,11 +182,18 @@ class ImageDistanceConfig(Section):
     fraction: float = Field(0.125, gt=0, le=1, description="Share of those images that are compared.")
 
 
-class AlignConfig(Section):
-    """The alignment objective."""
+class TokenConfig(Section):
+    """A representation token: the encoder's class token, denoised with the image (REG, arXiv 2507.01467)."""
 
-    objective: Literal["none", "repa", "irepa", "contrastive", "haste", "vrpo"] = Field(
-        "repa", description="What is added to the denoising loss."
+    use: bool | None = Field(None, description="Train and sample it; None: with objective reg.")
+    weight: float = Field(0.03, ge=0, description="Weight of its velocity loss beside the image's.")
+
+
+class AlignConfig(Section):
+    """The alignment objective: a side head, and what takes part in generation beside it."""
+
+    objective: Literal["none", "repa", "irepa", "contrastive", "haste", "vrpo", "reg"] = Field(
+        "repa", description="What is added to the denoising loss; reg: repa and a representation token."
     )
     weight: float = Field(0.5, ge=0, description="lambda, weight of the alignment term.")
     depth: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] = Field(
@@ -198,6 +205,17 @@ class AlignConfig(Section):
     haste: HasteConfig = HasteConfig()
     vrpo: VrpoConfig = VrpoConfig()
     perceptual_image: ImageDistanceConfig = ImageDistanceConfig()
+    token: TokenConfig = TokenConfig()
+
+    @property
+    def side(self) -> str:
+        """The objective of the side head: that of reg is repa."""
+        return {"reg": "repa"}.get(self.objective, self.objective)
+
+    @property
+    def uses_token(self) -> bool:
+        """Whether the model has a representation token."""
+        return self.objective == "reg" if self.token.use is None else self.token.use
 
 
 class TrainConfig(Section):
@@ -276,7 +294,8 @@ class RunConfig(Section):
     @property
     def encoders(self) -> tuple[EncoderConfig, ...]:
         """The encoders the objective needs: none for plain denoising."""
-        return () if self.align.objective == "none" else (self.encoder, *self.more_encoders)
+        needed = self.align.side != "none" or self.align.uses_token
+        return (self.encoder, *self.more_encoders) if needed else ()
 
     def with_absolute_paths(self) -> RunConfig:
         """Return the same configuration with every folder and file as an absolute path, valid from anywhere."""

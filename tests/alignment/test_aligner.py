@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vrpo.alignment import Aligner
 from vrpo.alignment.build import build_objective
-from vrpo.alignment.objective import Objective
+from vrpo.alignment.objective import Objective, TargetBatch
 from vrpo.config import AlignConfig, DiffusionConfig
 from vrpo.data.transforms import to_float
 from vrpo.errors import ConfigError
@@ -136,7 +136,7 @@ def built_in(objective: Objective, encoders: Sequence[Patches], parts: int, scal
                 to_float(some),
                 None,
                 draws.part(start, start + size),
-                tuple(encoder.tokens(some) for encoder in encoders),
+                TargetBatch(tuple(encoder.tokens(some) for encoder in encoders)),
                 some,
                 images_seen=step * BATCH,
                 budget=BUDGET,

@@ -419,3 +419,37 @@ def test_token_cache_changes_targets_by_rounding_alone(make_config: Any, tmp_pat
     online = [record["alignment"] for record in records(tmp_path / "online", "train")]
     cached = [record["alignment"] for record in records(tmp_path / "cached", "train")]
     assert cached == pytest.approx(online, abs=2e-3)
+
+
+def test_a_token_is_trained_resumed_sampled_and_scored(make_config: Any, tmp_path: Path) -> None:
+    from vrpo.sampling import RunSampler
+
+    config = make_config(
+        align={"objective": "reg"},
+        train={"validate_every": 32, "sample_every": 48, "evaluate_every": 48, "micro_batch": 4, "precision": "bf16"},
+        evaluate={"features": "resnet10t", "weights": "random", "input_size": 32, "samples": 12},
+    )
+    run(config, tmp_path / "whole")
+    half = config.model_copy(update={"train": config.train.model_copy(update={"images": 40})})
+    run(half, tmp_path / "parts")
+    run(config, tmp_path / "parts", resume=True)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    logged = records(tmp_path / "whole", "train")[-1]
+    assert logged["token_loss"] > 0
+    assert logged["loss"] == pytest.approx(logged["denoising"] + logged["alignment_loss"] + logged["token_loss"])
+    sampler = RunSampler(tmp_path / "whole", {}, "ema", torch.device("cpu"))
+    images, _ = sampler.draw(2, "balanced", 0)
+    assert images.shape == (2, 3, 16, 16)
+
+
+def test_held_out_loss_of_an_untrained_token_model_is_that_of_the_plain_one(make_config: Any, tmp_path: Path) -> None:
+    for objective in ("repa", "reg"):
+        run(make_config(align={"objective": objective}, train={"images": 8, "validate_every": 8}), tmp_path / objective)
+    first, second = (records(tmp_path / name, "validation")[0] for name in ("repa", "reg"))
+    assert first["denoising"] == second["denoising"]
+
+
+def test_a_cached_class_token_differs_by_rounding_alone(make_config: Any, tmp_path: Path) -> None:
+    for cache in (False, True):
+        run(make_config(align={"objective": "reg"}, encoder={"cache": cache}), tmp_path / str(cache))
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-3)

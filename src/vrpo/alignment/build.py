@@ -7,6 +7,7 @@ from math import isqrt
 
 from vrpo.alignment.objective import Objective
 from vrpo.alignment.static import Contrastive, Irepa, Repa
+from vrpo.alignment.token import WithToken
 from vrpo.config import AlignConfig
 from vrpo.errors import ConfigError
 
@@ -37,11 +38,36 @@ def build_objective(
     encoder, ``tokens`` the N of the trunk's grid. Raises ConfigError for blocks that the model does not have
     and for grids that the objective cannot use.
     """
-    name = config.objective
+    if not encoder_widths and (config.side != "none" or config.uses_token):
+        raise ConfigError(
+            f"align.objective '{config.objective}' needs an encoder: set encoder.name or align.objective none."
+        )
+    objective = _build_side(
+        config,
+        hidden_size=hidden_size,
+        model_depth=model_depth,
+        model_size=model_size,
+        encoder_widths=encoder_widths,
+        tokens=tokens,
+        num_heads=num_heads,
+    )
+    return WithToken(objective, config.token) if config.uses_token else objective
+
+
+def _build_side(
+    config: AlignConfig,
+    *,
+    hidden_size: int,
+    model_depth: int,
+    model_size: str,
+    encoder_widths: Sequence[int],
+    tokens: int,
+    num_heads: int,
+) -> Objective:
+    """Return the objective of the side head."""
+    name = config.side
     if name == "none":
         return Objective()
-    if not encoder_widths:
-        raise ConfigError(f"align.objective '{name}' needs an encoder: set encoder.name or align.objective none.")
     depths = config.depth or (default_depth(model_size, model_depth),)
     check_depths("align.depth", depths, model_depth)
     check_depths("align.haste.attention_depths", config.haste.attention_depths, model_depth)

@@ -170,7 +170,10 @@ class Haste(Repa):
         return self.trigger_sum / self.trigger_weight.clamp_min(1e-12)
 
     def _keep_attention(self, depth: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        self._maps[depth] = student_map(q[:, : self.aligned_heads], k[:, : self.aligned_heads])
+        assert self._batch is not None
+        # A representation token stands behind the image's.
+        tokens = self._batch.targets[0].shape[1]
+        self._maps[depth] = student_map(q[:, : self.aligned_heads, :tokens], k[:, : self.aligned_heads, :tokens])
         return q, k, v
 
 

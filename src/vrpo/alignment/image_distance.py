@@ -6,14 +6,14 @@ tokens, as VRPO's fidelity and gate do, it is part of that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
 
 import torch
 from torch import Tensor
 
-from vrpo.alignment.objective import AlignmentBatch, Objective
+from vrpo.alignment.objective import AlignmentBatch, Objective, Wrapper
 from vrpo.alignment.schedule import Schedule
 from vrpo.config import ImageDistanceConfig
 from vrpo.errors import ConfigError
@@ -70,7 +70,7 @@ class _Choice:
         return self.mask.nonzero().squeeze(1).to(self.batch.time.device)
 
 
-class WithImageDistance(Objective):
+class WithImageDistance(Wrapper):
     """An objective and, besides, ``weight`` times the distance of z0's one-step prediction to z0 at low noise.
 
     Each image compared adds ``weight`` times its distance to its own denoising loss; the others add nothing, so
@@ -79,9 +79,7 @@ class WithImageDistance(Objective):
 
     def __init__(self, objective: Objective, distance: Distance, config: ImageDistanceConfig) -> None:
         """Raises ConfigError where the weight is no schedule."""
-        super().__init__()
-        self.objective = objective
-        self.name, self.depths = objective.name, objective.depths
+        super().__init__(objective)
         self.config = config
         self.weight = Schedule(config.weight, f"{FIELD}.weight")
         self._distance = (distance,)
@@ -117,10 +115,6 @@ class WithImageDistance(Objective):
         self._count += len(rows)
         return total + choice.weight * distances.sum() / len(clean)
 
-    def measure(self, batch: AlignmentBatch, tokens: Mapping[int, Tensor]) -> Tensor | None:
-        """Return the objective's mean cosine."""
-        return self.objective.measure(batch, tokens)
-
     def logs(self) -> dict[str, Tensor]:
         """Return the objective's logs and the mean distance of the images compared since the last call, if any."""
         logs = self.objective.logs()
@@ -128,10 +122,6 @@ class WithImageDistance(Objective):
             logs["image_distance"] = self._sum / self._count
         self._sum, self._count = None, 0
         return logs
-
-    def update(self) -> None:
-        """Advance the objective's statistics."""
-        self.objective.update()
 
 
 def add_image_distance(

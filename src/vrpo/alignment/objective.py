@@ -9,11 +9,40 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vrpo.models.taps import NO_TAPS, Taps
+
+Rerun = Callable[[slice, Taps], Tensor]
+"""Denoise some of a micro-batch's images again, with other taps and no gradient: their losses."""
+
+
+class TargetBatch(NamedTuple):
+    """What the frozen encoders say of B clean images, each part a tuple with one tensor an encoder.
+
+    Attributes:
+        tokens: patch tokens (B, N, C_e) float32, not normalised; their mean token subtracted where asked for.
+        keys: the last attention layer's keys (B, N, C_k), standardised; empty unless the objective reads them.
+        values: its values (B, N, C_v), likewise.
+        class_tokens: class tokens (B, C_c), standardised; empty unless the objective reads them.
+
+    Standardised: the mean over the data is subtracted from every channel and all are divided by one number, so that
+    the mean square is 1, that of the noise with which a class token is mixed. One number, not one a channel, keeps
+    the geometry of the encoder's space and amplifies no channel that hardly varies. An encoder without attention
+    gives its patch tokens as keys and values, and their mean over the image as class token.
+    """
+
+    tokens: tuple[Tensor, ...] = ()
+    keys: tuple[Tensor, ...] = ()
+    values: tuple[Tensor, ...] = ()
+    class_tokens: tuple[Tensor, ...] = ()
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TargetBatch:
+        """Return the batch with ``function`` applied to every tensor."""
+        return TargetBatch(*(tuple(function(tensor) for tensor in part) for part in self))
 
 
 @dataclass(frozen=True)
@@ -34,6 +63,8 @@ class AlignmentBatch:
         place: the first of these images in the step's batch over all processes, and that batch's size, where
             ``generator`` stands at the step's beginning; None where it goes on from micro-batch to micro-batch.
         watch: opens a section whose time is counted as the objective's; work in the backward pass goes into one.
+        noisings: how many rows in a row are noisings of one image.
+        keys, values, class_tokens: for each encoder as in ``TargetBatch``; empty unless the objective reads them.
     """
 
     targets: tuple[Tensor, ...]
@@ -46,6 +77,10 @@ class AlignmentBatch:
     generator: torch.Generator | None = None
     place: tuple[int, int] | None = None
     watch: Callable[[], AbstractContextManager[None]] = nullcontext
+    noisings: int = 1
+    keys: tuple[Tensor, ...] = ()
+    values: tuple[Tensor, ...] = ()
+    class_tokens: tuple[Tensor, ...] = ()
 
 
 class Objective(nn.Module):
@@ -70,6 +105,17 @@ class Objective(nn.Module):
         """
         return None
 
+    def token_loss(self, image_losses: Tensor, token_losses: Tensor) -> Tensor:
+        """Return the scalar to add for the representation token, from each image's detached denoising loss and its
+        token's (B,).
+        """
+        raise NotImplementedError
+
+    def observe(self, losses: Tensor, rerun: Rerun) -> None:
+        """See each image's denoising loss (B,), detached; ``rerun(rows, taps)`` gives those of the same images, times
+        and noise under other taps. Comes after ``loss``.
+        """
+
     def measure(self, batch: AlignmentBatch, tokens: Mapping[int, Tensor]) -> Tensor | None:
         """Return the mean cosine on held-out images as a scalar, or None where nothing is aligned.
 
@@ -84,3 +130,40 @@ class Objective(nn.Module):
 
     def update(self) -> None:
         """Advance running statistics and averaged copies, once after each optimiser step."""
+
+
+class Wrapper(Objective):
+    """An objective with something beside it; by itself, the objective inside."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.objective = objective
+        self.name, self.depths = objective.name, objective.depths
+
+    def taps(self, batch: AlignmentBatch) -> Taps:
+        """Return the inner objective's taps."""
+        return self.objective.taps(batch)
+
+    def loss(self, predict_clean: Callable[[], Tensor]) -> Tensor | None:
+        """Return the inner objective's loss."""
+        return self.objective.loss(predict_clean)
+
+    def token_loss(self, image_losses: Tensor, token_losses: Tensor) -> Tensor:
+        """Return the inner objective's loss of the representation token."""
+        return self.objective.token_loss(image_losses, token_losses)
+
+    def observe(self, losses: Tensor, rerun: Rerun) -> None:
+        """Let the inner objective see the images' losses."""
+        self.objective.observe(losses, rerun)
+
+    def measure(self, batch: AlignmentBatch, tokens: Mapping[int, Tensor]) -> Tensor | None:
+        """Return the inner objective's mean cosine."""
+        return self.objective.measure(batch, tokens)
+
+    def logs(self) -> dict[str, Tensor]:
+        """Return the inner objective's logs."""
+        return self.objective.logs()
+
+    def update(self) -> None:
+        """Advance the inner objective's statistics."""
+        self.objective.update()

@@ -154,5 +154,27 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_values)
 
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        return self.linear(self.modulated(tokens, condition))
+
+    def modulated(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        """Return the tokens (B, N, D) that the linear map reads."""
         shift, scale = self.modulation(F.silu(condition)).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm(tokens), shift, scale))
+        return modulate(self.norm(tokens), shift, scale)
+
+
+class RepresentationToken(nn.Module):
+    """One more token: a noised class token (B, C) on its way in, its predicted velocity on its way out.
+
+    As in REG (arXiv 2507.01467): a linear map and a layer norm in, no position, and the image's own modulation before
+    a linear map out.
+    """
+
+    def __init__(self, width: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding = nn.Linear(width, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, eps=NORM_EPS)
+        self.output = nn.Linear(hidden_size, width)
+
+    def forward(self, token: Tensor) -> Tensor:
+        """Return the token (B, 1, D) that joins those of the patches."""
+        return self.norm(self.embedding(token)).unsqueeze(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,11 @@ from vrpo.models.layers import (
     FinalLayer,
     LabelEmbedding,
     PatchEmbedding,
+    RepresentationToken,
     TimeEmbedding,
     position_table,
 )
-from vrpo.models.taps import NO_TAPS, AttentionTap, Taps
+from vrpo.models.taps import NO_TAPS, AttentionTap, Taps, TokenTap
 
 Kind = Literal["SiT", "DiT"]
 KINDS: tuple[Kind, ...] = ("SiT", "DiT")
@@ -77,6 +78,8 @@ class DiffusionTransformer(nn.Module):
         qk_norm: layer-normalise queries and keys.
         kind: "SiT" takes t in [0, 1], "DiT" the integer step 0..999; either enters the sinusoidal embedding
             as it is.
+        token_width: channels of a class token that is denoised with the image as one more token (REG, arXiv
+            2507.01467); 0 for none. ``add_token`` adds it later.
         checkpoint_blocks: recompute each block in the backward pass instead of keeping its activations; may
             also be set on the built model. Blocks with an attention tap keep theirs: a tap must run once.
 
@@ -98,6 +101,7 @@ class DiffusionTransformer(nn.Module):
         learn_sigma: bool = False,
         qk_norm: bool = False,
         kind: Kind = "SiT",
+        token_width: int = 0,
         checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()
@@ -114,6 +118,7 @@ class DiffusionTransformer(nn.Module):
             "learn_sigma": learn_sigma,
             "qk_norm": qk_norm,
             "kind": kind,
+            "token_width": 0,
         }
         self.kind = kind
         self.input_size = input_size
@@ -134,11 +139,27 @@ class DiffusionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
         layer_channels = in_channels * (2 if learn_sigma else 1)
         self.final = FinalLayer(hidden_size, patch_size**2 * layer_channels)
+        self.token_width = 0
+        self.representation: RepresentationToken | None = None
         self.initialise()
+        if token_width:
+            self.add_token(token_width)
+
+    def add_token(self, width: int) -> None:
+        """Give the model a representation token of ``width`` channels; its other weights stay as they are.
+
+        Raises:
+            ConfigError: the model is a DiT, whose discrete process has no velocity.
+        """
+        if self.kind == "DiT":
+            raise ConfigError("A representation token is denoised by its velocity, which a DiT has not: use a SiT.")
+        self.token_width = self.config["token_width"] = width
+        self.representation = RepresentationToken(width, self.hidden_size)
+        self._initialise_token(self.representation)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens an image is cut into."""
+        """Tokens an image is cut into, the representation token not counted."""
         return self.grid_size**2
 
     @property
@@ -170,17 +191,52 @@ class DiffusionTransformer(nn.Module):
             if isinstance(module, (Block, FinalLayer)):
                 nn.init.zeros_(module.modulation.weight)
         nn.init.zeros_(self.final.linear.weight)
+        if self.representation is not None:
+            self._initialise_token(self.representation)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None, taps: Taps = NO_TAPS) -> Tensor:
+    @staticmethod
+    @torch.no_grad()
+    def _initialise_token(token: RepresentationToken) -> None:
+        nn.init.xavier_uniform_(token.embedding.weight)
+        nn.init.zeros_(token.embedding.bias)
+        token.norm.reset_parameters()
+        nn.init.zeros_(token.output.weight)
+        nn.init.zeros_(token.output.bias)
+
+    @overload
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None, taps: Taps = NO_TAPS) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, t: Tensor, labels: Tensor | None = None, taps: Taps = NO_TAPS, *, token: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        taps: Taps = NO_TAPS,
+        *,
+        token: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the prediction for noised images ``x`` (B, C, H, W) at times ``t`` (B,): (B, C or 2C, H, W).
 
         ``labels`` (B,) are integers in [0, num_classes], where num_classes is the null class; None stands for
-        the null class everywhere, and is the only choice of an unconditional model.
+        the null class everywhere, and is the only choice of an unconditional model. A model with a
+        representation token takes the noised ``token`` (B, C_c) too, and returns its prediction beside the
+        image's. It stands last; token taps see the image's tokens only, attention taps all of them.
 
         Raises:
-            ConfigError: labels given to an unconditional model.
+            ConfigError: labels given to an unconditional model, a token to a model without one, or none to a
+                model with one.
         """
         tokens = self.patch_embedding(x) + self.position_table
+        if (token is None) != (self.representation is None):
+            have, give = ("a", "its noised class token") if token is None else ("no", "none")
+            raise ConfigError(f"The model has {have} representation token: pass {give}.")
+        if token is not None and self.representation is not None:
+            tokens = torch.cat([tokens, self.representation(token)], dim=1)
         condition = self.time_embedding(t)
         if self.label_embedding is not None:
             if labels is None:
@@ -192,9 +248,17 @@ class DiffusionTransformer(nn.Module):
             tokens = self._run_block(block, tokens, condition, taps.attention.get(depth))
             tap = taps.tokens.get(depth)
             if tap is not None:
-                tokens = tap(tokens)
-        output = self._unpatchify(self.final(tokens, condition))
-        return output[:, : self.out_channels]
+                tokens = tap(tokens) if token is None else self._tap_image(tap, tokens)
+        if self.representation is None:
+            return self._unpatchify(self.final(tokens, condition))[:, : self.out_channels]
+        image, last = tokens[:, : self.num_tokens], tokens[:, self.num_tokens :]
+        output = self._unpatchify(self.final(image, condition))[:, : self.out_channels]
+        return output, self.representation.output(self.final.modulated(last, condition)).squeeze(1)
+
+    def _tap_image(self, tap: TokenTap, tokens: Tensor) -> Tensor:
+        image, last = tokens[:, : self.num_tokens], tokens[:, self.num_tokens :]
+        tapped = tap(image)
+        return tokens if tapped is image else torch.cat([tapped, last.to(tapped.dtype)], dim=1)
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile each block in place (``options`` go to ``torch.compile``); token taps stay outside.

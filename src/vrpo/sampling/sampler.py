@@ -14,6 +14,7 @@ from vrpo.diffusion.losses import Denoising, FlowMatching, NoisePrediction
 from vrpo.diffusion.noise import SampleNoise
 from vrpo.diffusion.paths import get_path
 from vrpo.diffusion.samplers import DIT_SAMPLERS, FLOW_SAMPLERS, sample, sample_dit
+from vrpo.diffusion.state import Layout, State
 from vrpo.errors import ConfigError, nearest
 from vrpo.models.transformer import DiffusionTransformer
 
@@ -96,6 +97,8 @@ class ImageSampler:
         self.precision = self.settings.precision or config.train.precision
         self.compute_batch = self.settings.compute_batch or default_compute_batch(self.device, network.num_tokens)
         self._path = get_path(config.diffusion.path)
+        side = network.input_size
+        self._layout = Layout((network.in_channels, side, side), network.token_width)
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -143,8 +146,7 @@ class ImageSampler:
 
     def _latents(self, indices: Sequence[int], labels: Tensor | None, seed: int) -> Tensor:
         network = self.network
-        shape = (network.in_channels, network.input_size, network.input_size)
-        noise = SampleNoise(seed, indices, shape, self.device)
+        noise = SampleNoise(seed, indices, self._layout.shape, self.device)
         settings = self.settings
         options: dict[str, Any] = {
             "sampler": settings.sampler,
@@ -157,11 +159,16 @@ class ImageSampler:
         }
         if network.kind == "DiT":
             return sample_dit(self._call, noise.initial(), labels, **options)
-        return sample(self._call, noise.initial(), labels, path=self._path, **options)
+        final = sample(self._call, noise.initial(), labels, path=self._path, **options)
+        return self._layout.split(final).image
 
     def _call(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        image, token = self._layout.split(x)
         with torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
-            return self.network(x, t, labels).float()
+            if token is None:
+                return self.network(image, t, labels).float()
+            velocity = self.network(image, t, labels, token=token)
+        return self._layout.join(State(velocity[0].float(), velocity[1].float()))
 
 
 def _groups(indices: Sequence[int], size: int) -> Iterator[list[int]]:

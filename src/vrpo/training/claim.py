@@ -23,7 +23,7 @@ FREE_KEYS = (
 FREE_ENDINGS = ("_every", "encoder.weights")
 FREE_SECTIONS = ("sample.", "evaluate.")
 # Objectives in which nothing depends on how long the run will be.
-TIMELESS = ("none", "repa", "irepa", "contrastive")
+TIMELESS = ("none", "repa", "irepa", "contrastive", "reg")
 # Objectives that compare images of one forward pass with each other; for the others its size is a matter of memory.
 COMPARING = ("contrastive",)
 

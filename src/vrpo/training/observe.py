@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vrpo.alignment.objective import AlignmentBatch, Objective
+from vrpo.alignment.objective import AlignmentBatch, Objective, TargetBatch
 from vrpo.config import RunConfig
 from vrpo.data.shards import ShardedDataset
 from vrpo.data.transforms import to_float
 from vrpo.diffusion.losses import Denoising
-from vrpo.models.taps import Taps
+from vrpo.diffusion.state import State
+from vrpo.models.taps import NO_TAPS, Taps
 from vrpo.models.transformer import DiffusionTransformer
 from vrpo.randomness import STREAM_VALIDATION, step_generator
 from vrpo.sampling import DTYPES, ImageSampler, grid_image
@@ -48,7 +49,7 @@ class Validation:
             np.linspace(0, len(dataset) - 1, min(config.train.validation_images, len(dataset))).astype(np.int64)
         )
         self._dtype = DTYPES[config.train.precision]
-        self._kept: dict[int, tuple[Tensor, ...]] = {}
+        self._kept: dict[int, TargetBatch] = {}
 
     @torch.no_grad()
     def __call__(
@@ -86,13 +87,21 @@ class Validation:
         spread = (torch.arange(start, start + len(rows), device=self.device) + 0.5) / len(self.rows)
         times = self.denoising.times(spread)
         noised = self.denoising.noised(clean, noise, times)
-        losses = self.denoising.loss(self._run(averaged, noised, times, given), clean, noise, times)
+        targets = self._held_out_targets(start, pixels)
+        token = None
+        if averaged.token_width:
+            # Drawn last: images have the same noise with and without a token.
+            token_noise = torch.randn(targets.class_tokens[0].shape, generator=generator, device=self.device)
+            token = self.denoising.noised(targets.class_tokens[0], token_noise, times)
+        state = State(noised, token)
+        # The image's part alone, which compares with models that have no token.
+        losses = self.denoising.loss(self._run(averaged, state, times, given), clean, noise, times)
         cosine = None
         if self.targets.encoders:
             kept: dict[int, Tensor] = {}
-            self._run(trunk, noised, times, given, self._keep(kept))
+            self._run(trunk, state, times, given, self._keep(kept))
             batch = AlignmentBatch(
-                targets=self._held_out_targets(start, pixels),
+                targets=targets.tokens,
                 time=self.denoising.unit_time(times),
                 clean=clean,
                 images=pixels,
@@ -103,11 +112,11 @@ class Validation:
             cosine = objective.measure(batch, kept)
         return losses.cpu(), None if cosine is None else float(cosine)
 
-    def _held_out_targets(self, start: int, pixels: Tensor) -> tuple[Tensor, ...]:
+    def _held_out_targets(self, start: int, pixels: Tensor) -> TargetBatch:
         """Return the encoders' tokens of one batch, computed at the first visit and kept as fp16 in main memory."""
         if start not in self._kept:
-            self._kept[start] = tuple(tokens.half().cpu() for tokens in self.targets.online(pixels))
-        return tuple(tokens.to(self.device).float() for tokens in self._kept[start])
+            self._kept[start] = self.targets.online(pixels).map(lambda tokens: tokens.half().cpu())
+        return self._kept[start].map(lambda tokens: tokens.to(self.device).float())
 
     def _keep(self, kept: dict[int, Tensor]) -> Taps:
         def keeper(depth: int) -> Any:
@@ -120,14 +129,18 @@ class Validation:
         return Taps(tokens={depth: keeper(depth) for depth in self.depths})
 
     def _run(
-        self, network: DiffusionTransformer, x: Tensor, t: Tensor, labels: Tensor | None, taps: Taps | None = None
+        self, network: DiffusionTransformer, x: State, t: Tensor, labels: Tensor | None, taps: Taps = NO_TAPS
     ) -> Tensor:
+        """Return the network's output for the image."""
         training = network.training
         network.eval()
         with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
-            output = network(x, t, labels, taps or Taps()).float()
+            if x.token is None:
+                output = network(x.image, t, labels, taps)
+            else:
+                output, _ = network(x.image, t, labels, taps, token=x.token)
         network.train(training)
-        return output
+        return output.float()
 
 
 def divided(count: int, world: World) -> list[int]:

@@ -70,5 +70,10 @@ def _arrange_buckets(ddp: DistributedDataParallel, trunk: DiffusionTransformer, 
     uninterrupted one does, to the bit.
     """
     shape = (1, trunk.in_channels, trunk.input_size, trunk.input_size)
-    ddp(torch.zeros(shape, device=device), torch.zeros(1, device=device)).sum().backward()
+    image, time = torch.zeros(shape, device=device), torch.zeros(1, device=device)
+    if trunk.token_width:
+        outputs = ddp(image, time, token=torch.zeros(1, trunk.token_width, device=device))
+        sum(output.sum() for output in outputs).backward()
+    else:
+        ddp(image, time).sum().backward()
     ddp.zero_grad(set_to_none=True)

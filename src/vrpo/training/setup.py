@@ -71,6 +71,11 @@ def check_config(config: RunConfig, world: World = ALONE) -> None:
     """
     kind, size, _ = parse_model_name(config.model.name)
     check_depths("align.depth", config.align.depth, SIZES[size].depth)
+    if kind == "DiT" and config.align.uses_token:
+        raise ConfigError(
+            f"align.token denoises a token by its velocity, and {config.model.name} has none: use a SiT, or "
+            "align.token.use False."
+        )
     check_sampling(kind, config.sample, config.data.conditional)
     _check_evaluation(config)
     train = config.train
@@ -125,8 +130,18 @@ def build_parts(config: RunConfig, say: Say, progress: Any = None, world: World 
         checkpoint_blocks=config.model.checkpoint_blocks,
     )
     targets = Targets(
-        config.encoders, dataset, tokens=trunk.num_tokens, flip=flip, device=device, say=say, progress=progress
+        config.encoders,
+        dataset,
+        tokens=trunk.num_tokens,
+        flip=flip,
+        class_token=config.align.uses_token,
+        device=device,
+        say=say,
+        progress=progress,
     )
+    if config.align.uses_token:
+        torch.manual_seed(mix(config.seed, STREAM_INIT, 2) >> 1)
+        trunk.add_token(targets.class_width)
     torch.manual_seed(mix(config.seed, STREAM_INIT, 1) >> 1)
     _, size, _ = parse_model_name(config.model.name)
     objective = build_objective(

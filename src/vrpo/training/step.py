@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vrpo.alignment.objective import AlignmentBatch, Objective
+from vrpo.alignment.objective import AlignmentBatch, Objective, TargetBatch
 from vrpo.diffusion.losses import Denoising, stratify
+from vrpo.diffusion.state import State
 from vrpo.models.taps import Taps
 from vrpo.models.transformer import DiffusionTransformer
 from vrpo.randomness import STREAM_NOISE, STREAM_OBJECTIVE, step_generator
@@ -32,6 +33,8 @@ class Draws:
     step: int
     first: int
     total: int
+    noisings: int = 1
+    token_noise: Tensor | None = None
 
     @property
     def generator(self) -> torch.Generator:
@@ -41,12 +44,14 @@ class Draws:
     def part(self, start: int, stop: int) -> Draws:
         """Return the draws of images ``start`` to ``stop``."""
         where = slice(start, stop)
+        token_noise = None if self.token_noise is None else self.token_noise[where]
         return replace(
             self,
             uniforms=self.uniforms[where],
             noise=self.noise[where],
             dropped=self.dropped[where],
             first=self.first + start,
+            token_noise=token_noise,
         )
 
 
@@ -59,8 +64,9 @@ def draw_step(
     noisings: int,
     label_dropout: float,
     device: torch.device,
+    token_width: int = 0,
 ) -> Draws:
-    """Draw times, noise and label drops for ``count`` noised images of ``shape`` (C, H, W).
+    """Draw times, noise and label drops for ``count`` noised images of ``shape`` (C, H, W), and noise for tokens.
 
     The whole step is drawn at once whatever its split into micro-batches. Times are stratified over each image's
     noisings; so is a plain step's single time over nothing, which is the uniform draw itself.
@@ -69,7 +75,19 @@ def draw_step(
     uniforms = torch.rand(count, generator=generator, device=device)
     noise = torch.randn(count, *shape, generator=generator, device=device)
     dropped = torch.rand(count, generator=generator, device=device) < label_dropout
-    return Draws(stratify(uniforms, noisings), noise, dropped, seed, step, first=0, total=count)
+    # Drawn last: images have the same noise with and without a token.
+    token_noise = torch.randn(count, token_width, generator=generator, device=device) if token_width else None
+    return Draws(
+        stratify(uniforms, noisings),
+        noise,
+        dropped,
+        seed,
+        step,
+        first=0,
+        total=count,
+        noisings=noisings,
+        token_noise=token_noise,
+    )
 
 
 @dataclass(frozen=True)
@@ -80,6 +98,7 @@ class StepOutput:
     denoising: Tensor
     alignment_loss: Tensor | None
     unit_time: Tensor
+    token_loss: Tensor | None = None
 
 
 class DenoisingStep(nn.Module):
@@ -102,7 +121,7 @@ class DenoisingStep(nn.Module):
         clean: Tensor,
         labels: Tensor | None,
         draws: Draws,
-        targets: tuple[Tensor, ...],
+        targets: TargetBatch,
         images: Tensor | None,
         *,
         images_seen: int,
@@ -119,7 +138,7 @@ class DenoisingStep(nn.Module):
             labels = torch.where(draws.dropped, self.trunk.num_classes, labels)
         noised = denoising.noised(clean, draws.noise, t)
         batch = AlignmentBatch(
-            targets=targets,
+            targets=targets.tokens,
             time=denoising.unit_time(t),
             clean=clean,
             images=images,
@@ -129,18 +148,49 @@ class DenoisingStep(nn.Module):
             generator=draws.generator,
             place=(draws.first, draws.total),
             watch=self._watch,
+            noisings=draws.noisings,
+            keys=targets.keys,
+            values=targets.values,
+            class_tokens=targets.class_tokens,
         )
+        token, token_noise = None, draws.token_noise
+        if token_noise is not None:
+            token = denoising.noised(targets.class_tokens[0], token_noise, t)
+        state = State(noised, token)
+
+        def rerun(rows: slice, taps: Taps) -> Tensor:
+            with torch.no_grad():
+                some = State(noised[rows], None if token is None else token[rows])
+                again = self._run(self.trunk, some, t[rows], None if labels is None else labels[rows], taps)
+                return denoising.loss(again.image, clean[rows], draws.noise[rows], t[rows])
+
         taps = self._timed(self.objective.taps(batch))
         with torch.autocast(clean.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = self.run_trunk(noised, t, labels, taps).float()
+            output = self._run(self.run_trunk, state, t, labels, taps)
             with self._watch():
-                extra = self.objective.loss(lambda: denoising.predict_data(output, noised, t))
-        losses = denoising.loss(output, clean, draws.noise, t)
+                extra = self.objective.loss(lambda: denoising.predict_data(output.image, noised, t))
+        losses = denoising.loss(output.image, clean, draws.noise, t)
+        seen = losses.detach()
         weight = sample_weight * len(clean)
         total = losses.mean() * weight
         if extra is not None:
             total = total + extra * weight
-        return StepOutput(total, losses.detach(), None if extra is None else extra.detach(), batch.time)
+        token_loss = None
+        if token_noise is not None and output.token is not None:
+            velocity = denoising.loss(output.token, targets.class_tokens[0], token_noise, t)
+            token_loss = self.objective.token_loss(seen, velocity)
+            total = total + token_loss * weight
+        with self._watch():
+            self.objective.observe(seen, rerun)
+        return StepOutput(total, seen, _detached(extra), batch.time, _detached(token_loss))
+
+    def _run(self, trunk: nn.Module, state: State, t: Tensor, labels: Tensor | None, taps: Taps) -> State:
+        """Return what the trunk, or what wraps it, says of a noised state, float32."""
+        with torch.autocast(t.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if state.token is None:
+                return State(trunk(state.image, t, labels, taps).float())
+            image, token = trunk(state.image, t, labels, taps, token=state.token)
+        return State(image.float(), token.float())
 
     def _watch(self) -> AbstractContextManager[None]:
         return nullcontext() if self.stopwatch is None else self.stopwatch.section()
@@ -159,3 +209,7 @@ class DenoisingStep(nn.Module):
             tokens={depth: timed(tap) for depth, tap in taps.tokens.items()},
             attention={depth: timed(tap) for depth, tap in taps.attention.items()},
         )
+
+
+def _detached(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.detach()

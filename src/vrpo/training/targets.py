@@ -5,25 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import isqrt
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vrpo.alignment.objective import TargetBatch
 from vrpo.config import EncoderConfig
 from vrpo.data.loader import Batch
 from vrpo.data.shards import ShardedDataset
 from vrpo.files import load_tensors, save_tensors
+from vrpo.vision.backbone import EncoderOutput
 from vrpo.vision.cache import TokenCache
 from vrpo.vision.encoders import Encoder, load_encoder
 
 MEAN_IMAGES = 512
 
+SMALLEST_SCALE = 1e-6
+
 Say = Callable[[str], None]
 
 
+class Standard(NamedTuple):
+    """How a part of an encoder's answer is brought to mean 0 and mean square 1: ``mean`` (C,) and ``scale`` ()."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Return standardised ``values`` (..., C)."""
+        return (values - self.mean) / self.scale
+
+
 class Targets:
-    """The encoders of a run and, for those that ask for it, their mean token over the data.
+    """The encoders of a run, the mean tokens of those that ask for it, and the scales of what else is read of them.
 
     Convolutional features are non-negative after their last activation, so any two of their tokens have a large
     cosine; subtracting the mean token over the data leaves what differs between tokens. Vision transformers are taken
@@ -37,11 +53,15 @@ class Targets:
         *,
         tokens: int,
         flip: bool,
+        class_token: bool = False,
+        keys_values: bool = False,
         device: torch.device,
         say: Say,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
+        """Load the encoders; ``class_token`` and ``keys_values``: the objective reads these of them too."""
         self.device = device
+        self._standardised = (("keys", "values") if keys_values else ()) + (("class_token",) if class_token else ())
         self.encoders: list[Encoder] = []
         self._caches: list[TokenCache | None] = []
         self._centred: list[bool] = []
@@ -55,6 +75,8 @@ class Targets:
                 device=device,
                 dtype={"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[config.precision],
                 allow_resample=config.resample,
+                keys_values=keys_values,
+                class_token=class_token,
             )
             if encoder.resampled:
                 say(
@@ -66,62 +88,103 @@ class Targets:
             cache = self._cache(encoder, dataset, flip, config.cache_limit, say, progress) if config.cache else None
             self._caches.append(cache)
         self.means: list[Tensor | None] = [None] * len(self.encoders)
+        self._standards: list[dict[str, Standard]] = [{} for _ in self.encoders]
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels C_e of each encoder."""
         return tuple(encoder.width for encoder in self.encoders)
 
+    @property
+    def class_width(self) -> int:
+        """Channels of the first encoder's class token."""
+        return self.encoders[0].width
+
+    @property
+    def key_value_widths(self) -> tuple[int, int]:
+        """Channels of the first encoder's keys and of its values, 0 where they are not read."""
+        return (self.encoders[0].key_width, self.encoders[0].value_width) if self.encoders else (0, 0)
+
     def fit_means(self, dataset: ShardedDataset, file: Path, resumed: bool) -> None:
-        """Compute the mean tokens from rows spread over the data, or read those that a resumed run began with."""
-        wanted = [index for index, centred in enumerate(self._centred) if centred]
-        if not wanted:
+        """Measure means and scales on rows spread over the data, or read those that a resumed run began with."""
+        if not any(self._centred) and not self._standardised:
             return
         if resumed and file.is_file():
             stored = load_tensors(file)
         else:
             rows = np.unique(np.linspace(0, len(dataset) - 1, MEAN_IMAGES).astype(np.int64))
-            stored = {f"mean.{index}": self._mean(index, dataset, rows) for index in wanted}
+            stored = {}
+            for index in range(len(self.encoders)):
+                stored |= {f"{name}.{index}": value for name, value in self._fit(index, dataset, rows).items()}
             unfinished = file.with_name(f".{file.name}.tmp")
             save_tensors(unfinished, stored)
             unfinished.replace(file)
-        for index in wanted:
-            self.means[index] = stored[f"mean.{index}"].to(self.device)
+        for index, centred in enumerate(self._centred):
+            if centred:
+                self.means[index] = stored[f"mean.{index}"].to(self.device)
+        for index, standards in enumerate(self._standards):
+            for name in self._standardised:
+                parts = (stored[f"{name}.{part}.{index}"].to(self.device) for part in ("mean", "scale"))
+                standards[name] = Standard(*parts)
 
-    def __call__(self, pixels: Tensor, indices: np.ndarray, flipped: np.ndarray) -> tuple[Tensor, ...]:
-        """Return each encoder's tokens (B, N, C_e) float32 of uint8 images (B, 3, H, W), mean token subtracted.
+    def __call__(self, pixels: Tensor, indices: np.ndarray, flipped: np.ndarray) -> TargetBatch:
+        """Return what the encoders say of uint8 images (B, 3, H, W).
 
         ``pixels`` are as the trunk sees them, mirrored where ``flipped``; ``indices`` are their rows.
         """
-        found = []
-        for encoder, cache, mean in zip(self.encoders, self._caches, self.means, strict=True):
-            if cache is not None:
-                tokens = cache.read(indices, flipped).to(self.device, non_blocking=True).float()
-            else:
-                tokens = encoder.tokens(pixels)
-            found.append(tokens if mean is None else tokens - mean)
-        return tuple(found)
+        return self._prepared([self._outputs(index, pixels, indices, flipped) for index in range(len(self.encoders))])
 
-    def of_batch(self, batch: Batch, pixels: Tensor) -> tuple[Tensor, ...]:
+    def of_batch(self, batch: Batch, pixels: Tensor) -> TargetBatch:
         """Return the targets of a loader's batch whose ``pixels`` are on the device already."""
         return self(pixels, batch.indices, batch.flipped.numpy())
 
-    def online(self, pixels: Tensor) -> tuple[Tensor, ...]:
+    def online(self, pixels: Tensor) -> TargetBatch:
         """Return the targets of images that are not rows of the training data."""
-        found = [encoder.tokens(pixels) for encoder in self.encoders]
-        return tuple(tokens if mean is None else tokens - mean for tokens, mean in zip(found, self.means, strict=True))
+        return self._prepared([encoder.outputs(pixels) for encoder in self.encoders])
 
-    def _mean(self, index: int, dataset: ShardedDataset, rows: np.ndarray) -> Tensor:
-        total, count = torch.zeros((), device=self.device), 0
+    def _outputs(self, index: int, pixels: Tensor, indices: np.ndarray, flipped: np.ndarray) -> EncoderOutput:
+        """Return what one encoder says, as it says it, float32."""
+        cache = self._caches[index]
+        if cache is None:
+            return self.encoders[index].outputs(pixels)
+        stored = cache.outputs(indices, flipped)
+        moved = {id(part): part.to(self.device, non_blocking=True).float() for part in stored if part is not None}
+        return EncoderOutput(moved[id(stored.tokens)], *(moved.get(id(part)) for part in stored[1:]))
+
+    def _prepared(self, found: Sequence[EncoderOutput]) -> TargetBatch:
+        """Return the targets that the encoders' own outputs make."""
+        tokens, keys, values, classes = [], [], [], []
+        for output, mean, standards in zip(found, self.means, self._standards, strict=True):
+            tokens.append(output.tokens if mean is None else output.tokens - mean)
+            if output.keys is not None and output.values is not None:
+                keys.append(standards["keys"](output.keys))
+                # One tensor where an encoder's tokens serve as both.
+                same = output.values is output.keys
+                values.append(keys[-1] if same else standards["values"](output.values))
+            if output.class_token is not None:
+                classes.append(standards["class_token"](output.class_token))
+        return TargetBatch(tuple(tokens), tuple(keys), tuple(values), tuple(classes))
+
+    def _fit(self, index: int, dataset: ShardedDataset, rows: np.ndarray) -> dict[str, Tensor]:
+        """Return over ``rows`` the mean token (C_e,), and mean and scale of what is standardised."""
+        sums: dict[str, Tensor] = {}
+        squares: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
         for part in np.array_split(rows, max(1, len(rows) // 64)):
-            cache = self._caches[index]
-            if cache is not None:
-                tokens = cache.read(part, np.zeros(len(part), dtype=bool)).to(self.device).float()
-            else:
-                tokens = self.encoders[index].tokens(dataset.read(part)[0].to(self.device))
-            total = total + tokens.double().sum((0, 1))
-            count += tokens.shape[0] * tokens.shape[1]
-        return (total / count).float()
+            pixels = dataset.read(part)[0].to(self.device)
+            found = self._outputs(index, pixels, part, np.zeros(len(part), dtype=bool))
+            for name in ("tokens", *self._standardised):
+                values = getattr(found, name).double().flatten(0, -2)
+                sums[name] = sums.get(name, 0) + values.sum(0)
+                squares[name] = squares.get(name, 0) + values.square().sum(0)
+                counts[name] = counts.get(name, 0) + len(values)
+        means = {name: total / counts[name] for name, total in sums.items()}
+        fitted = {"mean": means["tokens"].float()}
+        for name in self._standardised:
+            variance = (squares[name] / counts[name] - means[name].square()).mean()
+            fitted[f"{name}.mean"] = means[name].float()
+            fitted[f"{name}.scale"] = variance.clamp_min(SMALLEST_SCALE**2).sqrt().float()
+        return fitted
 
     @staticmethod
     def _cache(

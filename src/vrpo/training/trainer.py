@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,7 @@ class Trainer:
             noisings=train.noisings,
             label_dropout=config.model.label_dropout,
             device=device,
+            token_width=parts.trunk.token_width,
         )
         part = self.share
         for start in range(0, part.size, part.micro):
@@ -205,8 +207,8 @@ class Trainer:
                     _repeat(clean[rows], train.noisings),
                     None if labels is None else _repeat(labels[rows], train.noisings),
                     draws.part(first, first + part.micro),
-                    tuple(_repeat(tokens[rows], train.noisings) for tokens in targets),
-                    _repeat(pixels[rows], train.noisings) if targets else None,
+                    targets.map(partial(_rows, rows, train.noisings)),
+                    _repeat(pixels[rows], train.noisings) if targets.tokens else None,
                     images_seen=self.images,
                     budget=train.images,
                     sample_weight=self.optimizer.scale / part.size,
@@ -215,6 +217,8 @@ class Trainer:
             self._meter.add("denoising", output.denoising.mean())
             if output.alignment_loss is not None:
                 self._meter.add("alignment_loss", output.alignment_loss)
+            if output.token_loss is not None:
+                self._meter.add("token_loss", output.token_loss)
             self._by_time.add(output.denoising, output.unit_time)
         self.parallel.finish()
         norm = self.optimizer.step(self.images + train.batch_size)
@@ -269,9 +273,9 @@ class Trainer:
         window, optimizer = self._window, self.optimizer
         elapsed = max(window.seconds, 1e-9)
         logs = {name: plain(value) for name, value in self.world.mean(self.parts.objective.logs()).items()}
-        denoising, extra = means["denoising"], means.get("alignment_loss")
+        denoising, beside = means["denoising"], [means.get(name) for name in ("alignment_loss", "token_loss")]
         record: dict[str, Any] = {
-            "loss": None if denoising is None else denoising + (extra or 0.0),
+            "loss": None if denoising is None else denoising + sum(extra or 0.0 for extra in beside),
             **means,
             "denoising_by_time": self._by_time.take(),
             "lr": optimizer.learning_rate(self.images),
@@ -394,6 +398,10 @@ class Trainer:
 
 def _say_nothing(sentence: str) -> None:
     """Leave speaking to the first process."""
+
+
+def _rows(rows: slice, times: int, tensor: Tensor) -> Tensor:
+    return _repeat(tensor[rows], times)
 
 
 def _repeat(tensor: Tensor, times: int) -> Tensor:
