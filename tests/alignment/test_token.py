@@ -29,7 +29,7 @@ def model(token: int = C_TOKEN) -> DiffusionTransformer:
     return net
 
 
-def step(net: DiffusionTransformer, align: dict[str, Any], noisings: int = 1, seen: int = 50) -> StepOutput:
+def step(net: DiffusionTransformer, align: dict[str, Any], noisings: int = 1, seen: int = 20) -> StepOutput:
     config = AlignConfig.model_validate({"projector_width": 48, "depth": 2, **align})
     torch.manual_seed(1)
     objective = build_objective(
