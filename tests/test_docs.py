@@ -23,7 +23,7 @@ import vrpo.commands.training
 from vrpo.alignment.objective import AlignmentBatch
 from vrpo.alignment.policy import Actions
 from vrpo.cli import COMMANDS
-from vrpo.config import AlignConfig, HasteConfig, ImageDistanceConfig, RunConfig, VrpoConfig
+from vrpo.config import AlignConfig, HasteConfig, ImageDistanceConfig, RunConfig, TokenConfig, VrpoConfig
 from vrpo.config_load import build_config, load_preset, option_names
 
 ROOT = Path(__file__).parents[1]
@@ -160,7 +160,8 @@ def check_key(key: str) -> None:
 @pytest.mark.parametrize(
     ("heading", "model", "skipped"),
     [
-        ("align", AlignConfig, {"haste", "vrpo", "perceptual_image"}),
+        ("align", AlignConfig, {"haste", "vrpo", "perceptual_image", "token"}),
+        ("align.token", TokenConfig, set()),
         ("align.haste", HasteConfig, set()),
         ("align.perceptual_image", ImageDistanceConfig, set()),
         ("align.vrpo", VrpoConfig, set()),

@@ -23,7 +23,14 @@ OBJECTIVES: tuple[str, ...] = get_args(AlignConfig.model_fields["objective"].ann
 def preset_names() -> list[str]:
     """Return every preset: each base by itself and, as BASE-OBJECTIVE, with each objective."""
     bases = sorted(item.name.removesuffix(".yaml") for item in files("vrpo.presets").iterdir() if _is_base(item.name))
-    return [name for base in bases for name in (base, *(f"{base}-{objective}" for objective in OBJECTIVES))]
+    return [
+        name for base in bases for name in (base, *(f"{base}-{objective}" for objective in OBJECTIVES)) if _fits(name)
+    ]
+
+
+def _fits(name: str) -> bool:
+    """Whether an objective suits a base: a representation token is denoised by its velocity, which a DiT has not."""
+    return "-dit-" not in name or not name.endswith("-reg")
 
 
 def _is_base(file_name: str) -> bool:
@@ -40,7 +47,7 @@ def load_preset(name: str) -> dict[str, Any]:
     base, _, objective = name.rpartition("-")
     if (folder / f"{name}.yaml").is_file() and _is_base(f"{name}.yaml"):
         layers = [f"{name}.yaml"]
-    elif objective in OBJECTIVES and (folder / f"{base}.yaml").is_file() and _is_base(f"{base}.yaml"):
+    elif objective in OBJECTIVES and _fits(name) and (folder / f"{base}.yaml").is_file() and _is_base(f"{base}.yaml"):
         layers = [f"{base}.yaml", f"_objective-{objective}.yaml"]
     else:
         raise ConfigError(f"there is no preset '{name}': {nearest(name, preset_names())}")

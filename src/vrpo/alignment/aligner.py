@@ -335,6 +335,11 @@ def _configuration(objective: str | AlignConfig) -> AlignConfig:
             f"objective '{objective.objective}' reads queries and keys, which a hook on a block's output cannot see: "
             "train it with `vrpo train`, or choose vrpo."
         )
+    if objective.uses_token:
+        raise ConfigError(
+            "align.token is one more token of the transformer, which a hook cannot add: set align.token.use False and "
+            "another objective than reg, or train with `vrpo train`."
+        )
     if objective.perceptual_image.kind != "none":
         raise ConfigError(
             "align.perceptual_image is a loss on the network's output, which Aligner does not see: add it to the loss "
