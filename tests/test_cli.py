@@ -192,7 +192,7 @@ def test_errors_of_the_system_are_sentences(
     [
         ("prepare", "data.prepare", "run the same command again to go on."),
         ("train", "training.train", "go on from the newest checkpoint by adding --resume."),
-        ("sample", "images.sample", "run the command again to start over."),
+        ("sample", "images.sample", "run the same command again to go on."),
         ("encoder fit", "data.encoder_fit", "run the command again to start over."),
     ],
 )

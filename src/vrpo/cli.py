@@ -32,6 +32,7 @@ COMMANDS = {
 # How to go on after an interruption, where the work done is not lost.
 CONTINUE = {
     "prepare": "run the same command again to go on.",
+    "sample": "run the same command again to go on.",
     "train": "go on from the newest checkpoint by adding --resume.",
 }
 

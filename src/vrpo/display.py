@@ -28,6 +28,7 @@ class TrainingDisplay:
         self._live: Any = None
         self._task: Any = None
         self._last = 0.0
+        self._begun: tuple[str, int, float] | None = None
         self._terminal = shown and sys.stderr.isatty()
 
     def __enter__(self) -> TrainingDisplay:
@@ -73,8 +74,12 @@ class TrainingDisplay:
         self._show(self.label or "training", report.images, report.budget, detail, speed)
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Show how far a preparation is."""
-        self._show(what, done, total, f"{done:,} of {total:,}", 0.0)
+        """Show how far something is; after its first call also how long the rest takes at the same speed."""
+        now = time.monotonic()
+        if self._begun is None or self._begun[0] != what:
+            self._begun = (what, done, now)
+        _, first, began = self._begun
+        self._show(what, done, total, f"{done:,} of {total:,}", (done - first) / max(now - began, 1e-9))
 
     def _show(self, what: str, done: int, total: int, detail: str, speed: float) -> None:
         if self._live is not None:

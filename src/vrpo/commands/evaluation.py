@@ -137,7 +137,7 @@ class _Subject:
         if options.out is None:
             check_output(source / "evaluations", folder=True)
         drawing = options.drawing
-        run = RunSampler(source, drawing.settings(), drawing.weights, device)
+        run = RunSampler(source, drawing.settings(), drawing.weights, device, drawing.compile)
         return cls(source, run, {})
 
     def score(

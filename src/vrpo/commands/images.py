@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from pydantic import Field
@@ -15,6 +15,9 @@ from vrpo.commands.outputs import check_output
 from vrpo.commands.parse import parse
 from vrpo.config import Count, Positive, Seed
 from vrpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vrpo.sampling.draw import Outputs
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -36,7 +39,13 @@ class Drawing:
     weights: Literal["ema", "raw"] = "ema"
     """Averaged or trained weights."""
     batch_size: Positive | None = None
-    """Images at once."""
+    """Images that are kept at once, and lost at an interruption; they are the same whatever it is."""
+    compute_batch: Positive | None = None
+    """Images that the network sees at once, which their last digits depend on; default as suits the device."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Autocast precision of the network; the state is float64."""
+    compile: bool = False
+    """Compile the network's blocks."""
     seed: Seed = 0
     """Sample i of a seed is one image, however many are drawn."""
     device: str = "auto"
@@ -44,13 +53,13 @@ class Drawing:
 
     def settings(self) -> dict[str, Any]:
         """Return what was given, by the names of `SampleConfig`."""
-        names = ("sampler", "steps", "guidance_scale", "guidance_interval", "batch_size")
+        names = ("sampler", "steps", "guidance_scale", "guidance_interval", "batch_size", "compute_batch", "precision")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclass
 class Sample:
-    """Draw images from a run."""
+    """Draw images from a run; by several processes: torchrun --nproc-per-node N -m vrpo sample ..."""
 
     run: Positional[Path]
     """Folder of the run."""
@@ -58,6 +67,12 @@ class Sample:
     """A folder for PNG files, or a file: .npz (ADM layout) or .png (one grid)."""
     count: Annotated[Count, Field(gt=0)] = 64
     """Images to draw."""
+    classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
+    """Names (or numbers) of the classes to draw; default all."""
+    npz: Path | None = None
+    """Also an npz (ADM layout), beside a folder."""
+    grid: Path | None = None
+    """Also a picture (.png) of the first images, as many rows as columns."""
     columns: Positive = 8
     """Columns of a grid."""
     drawing: tyro.conf.OmitArgPrefixes[Drawing] = dataclasses.field(default_factory=Drawing)
@@ -65,22 +80,51 @@ class Sample:
 
 def sample(words: list[str]) -> int:
     """Draw images."""
-    options, _ = parse(Sample, words, "sample")
+    from vrpo.training.distributed import connect, local_device
 
-    from vrpo.display import TrainingDisplay
-    from vrpo.sampling import RunSampler, image_format, write_images
-    from vrpo.training.setup import resolve_device
+    with connect() as world:
+        with world.agreed():
+            options, _ = parse(Sample, words, "sample")
 
-    drawing, kind = options.drawing, image_format(options.out)
-    source = RunSampler(options.run, drawing.settings(), drawing.weights, resolve_device(drawing.device))
-    check_output(options.out, folder=kind == "folder")
-    with TrainingDisplay() as display:
-        images, labels = source.draw(
-            options.count, drawing.labels, drawing.seed, lambda done, total: display.progress("sampling", done, total)
-        )
-    write_images(images, labels, options.out, options.columns)
-    print(f"{options.count:,} images of {options.run} at {source.loaded.images:,} training images: {options.out}")
+            from vrpo.display import TrainingDisplay
+            from vrpo.sampling import RunSampler, find_class
+            from vrpo.sampling.draw import Order, Outputs, draw_images
+            from vrpo.training.setup import resolve_device
+
+            drawing, outputs = options.drawing, Outputs(options.out, options.npz, options.grid, options.columns)
+            _check_outputs(outputs)
+            device = resolve_device(local_device(drawing.device, world))
+            source = RunSampler(options.run, drawing.settings(), drawing.weights, device, drawing.compile)
+            loaded = source.loaded
+            classes = tuple(
+                find_class(name, loaded.class_names, loaded.network.num_classes) for name in options.classes
+            )
+        order = Order(options.count, drawing.seed, drawing.labels, classes)
+        if world.first:
+            with TrainingDisplay() as display:
+                draw_images(
+                    source, order, outputs, world, lambda done, total: display.progress("sampling", done, total)
+                )
+            where = ", ".join(str(path) for path in (outputs.out, outputs.npz, outputs.grid) if path is not None)
+            print(f"{options.count:,} images of {options.run} at {loaded.images:,} training images: {where}")
+        else:
+            draw_images(source, order, outputs, world)
     return 0
+
+
+def _check_outputs(outputs: Outputs) -> None:
+    """Refuse outputs of the wrong kind, or where nothing can be written."""
+    from vrpo.sampling import image_format
+
+    check_output(outputs.out, folder=image_format(outputs.out) == "folder")
+    for name, path, suffix in (("npz", outputs.npz, ".npz"), ("grid", outputs.grid, ".png")):
+        if path is None:
+            continue
+        if path.suffix != suffix:
+            raise ConfigError(f"--{name} {path} is no {suffix} file: give the name of one.")
+        if path == outputs.out:
+            raise ConfigError(f"--{name} and --out are both {path}: give each a name of its own.")
+        check_output(path)
 
 
 @dataclass

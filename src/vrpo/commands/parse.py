@@ -69,7 +69,8 @@ def _options(command: type) -> Iterator[_Option]:
     """Yield the fields of a command; those of a group of options are its own."""
     hints = get_type_hints(command, include_extras=True)
     for field in dataclasses.fields(command):
-        hint, marks = hints[field.name], ()
+        hint = hints[field.name]
+        marks: tuple[Any, ...] = ()
         if get_origin(hint) is Annotated:
             marks = hint.__metadata__
         plain = get_args(hint)[0] if marks else hint
@@ -77,7 +78,10 @@ def _options(command: type) -> Iterator[_Option]:
             yield from _options(plain)
             continue
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        yield _Option(field.name, hint, tyro.conf.Positional in marks, required)
+        # An option may be called otherwise than its field, such as --class.
+        names = [getattr(mark, "name", None) for mark in marks]
+        name = next((name for name in names if isinstance(name, str)), field.name)
+        yield _Option(name, hint, tyro.conf.Positional in marks, required)
 
 
 def _dashed(field: str) -> str:

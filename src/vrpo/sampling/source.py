@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from vrpo.config import RunConfig, SampleConfig
 from vrpo.config_load import explain, validate
@@ -19,7 +19,7 @@ from vrpo.files import load_into, load_tensors
 from vrpo.models.transformer import DiffusionTransformer
 from vrpo.runs import Run
 from vrpo.sampling.labels import LabelPolicy, sample_labels
-from vrpo.sampling.sampler import ImageSampler
+from vrpo.sampling.sampler import DTYPES, ImageSampler
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class LoadedRun:
     step: int
     images: int
     class_names: tuple[str, ...]
+    weights_hash: str
 
 
 def load_run(run: Path, weights: Literal["ema", "raw"], device: torch.device) -> LoadedRun:
@@ -48,28 +49,42 @@ def load_run(run: Path, weights: Literal["ema", "raw"], device: torch.device) ->
     part = folder / f"{'ema' if weights == 'ema' else 'model'}.safetensors"
     load_into(network, load_tensors(part), str(part))
     network.to(device).eval().requires_grad_(False)
-    return LoadedRun(network, config, state["step"], state["images"], tuple(state["class_names"]))
+    weights_hash = state.get("sha256", {}).get(part.name, "")
+    return LoadedRun(network, config, state["step"], state["images"], tuple(state["class_names"]), weights_hash)
 
 
 class RunSampler:
     """Draws images from a run by its own settings, or by ``settings`` over them."""
 
     def __init__(
-        self, run: Path, settings: dict[str, Any], weights: Literal["ema", "raw"], device: torch.device
+        self,
+        run: Path,
+        settings: dict[str, Any],
+        weights: Literal["ema", "raw"],
+        device: torch.device,
+        compile: bool = False,
     ) -> None:
-        """Load the run.
+        """Load the run; with ``compile``, compile its network's blocks.
 
         Raises:
-            VrpoError: no run, no checkpoint, or a sampler that does not fit.
+            VrpoError: no run, no checkpoint, or settings that do not fit.
         """
         self.loaded = load_run(run, weights, device)
-        self.weights = weights
+        self.weights, self.compiled = weights, compile
         config = self.loaded.config
         try:
             merged = SampleConfig.model_validate({**config.sample.model_dump(), **settings})
         except ValidationError as error:
             raise ConfigError(f"sample.{explain(error)}") from error
-        self.sampler = ImageSampler(self.loaded.network, config, device=device, settings=merged)
+        network = self.loaded.network
+        self.sampler = ImageSampler(network, config, device=device, settings=merged)
+        lower_weights(network, DTYPES[self.sampler.precision])
+        if compile:
+            network.compile_blocks(dynamic=False)
+
+    def labels(self, count: int, policy: LabelPolicy, seed: int, classes: Sequence[int] = ()) -> Tensor | None:
+        """Return the labels (B,) of the first ``count`` samples, of ``classes`` alone if given."""
+        return sample_labels(range(count), self.loaded.network.num_classes, policy, seed, classes)
 
     def draw(
         self,
@@ -79,12 +94,12 @@ class RunSampler:
         progress: Callable[[int, int], None] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return ``count`` images, uint8 (B, 3, H, W), and their labels (B,) or None."""
-        labels = sample_labels(range(count), self.loaded.network.num_classes, policy, seed)
+        labels = self.labels(count, policy, seed)
         told = None if progress is None else lambda done: progress(done, count)
         return torch.cat(list(self.sampler.batches(range(count), labels, seed, told))), labels
 
     def protocol(self, policy: LabelPolicy, seed: int) -> dict[str, Any]:
-        """Return how ``draw`` makes its images."""
+        """Return how images are made, as a number's protocol states it."""
         unconditional = not self.loaded.network.num_classes
         return {
             **self.sampler.protocol,
@@ -92,3 +107,27 @@ class RunSampler:
             "weights": self.weights,
             "seed": seed,
         }
+
+    def about(self, policy: LabelPolicy, seed: int, classes: Sequence[int] = ()) -> dict[str, Any]:
+        """Return all that the pixels depend on, as JSON values."""
+        sampler = self.sampler
+        return {
+            **self.protocol(policy, seed),
+            "classes": list(classes),
+            "step": self.loaded.step,
+            "weights_hash": self.loaded.weights_hash,
+            "precision": sampler.precision,
+            "compute_batch": sampler.compute_batch,
+            "compiled": self.compiled,
+            "device": sampler.device.type,
+        }
+
+
+@torch.no_grad()
+def lower_weights(network: nn.Module, dtype: torch.dtype) -> None:
+    """Store the weights of products in the ``dtype`` that autocast would give them at every call."""
+    if dtype == torch.float32:
+        return
+    for module in network.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.to(dtype)

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from small import network
 
 from vrpo.config import RunConfig
 from vrpo.config_load import validate
 from vrpo.errors import ConfigError
-from vrpo.models.transformer import DiffusionTransformer, build_transformer
-from vrpo.sampling import ImageSampler, grid_image, image_format, sample_labels, write_images
+from vrpo.models.transformer import DiffusionTransformer
+from vrpo.sampling import ImageSampler, sample_labels
 from vrpo.sampling.sampler import default_compute_batch
-
-
-def network(kind: str = "SiT", num_classes: int = 4) -> DiffusionTransformer:
-    built = build_transformer(f"{kind}-N/4", input_size=8, in_channels=3, num_classes=num_classes)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape))
-    return built.eval()
 
 
 def config(sampler: str = "ode-euler", guidance: float = 1.0, **more: Any) -> RunConfig:
@@ -109,18 +99,6 @@ def test_precision_is_the_runs_or_its_own() -> None:
     assert 0 < (plain.float() - rounded.float()).abs().max() < 16
 
 
-def test_label_policies() -> None:
-    balanced = sample_labels(range(40), 4, "balanced", 0)
-    assert balanced is not None
-    assert balanced.bincount().tolist() == [10, 10, 10, 10]
-    random = sample_labels(range(4000), 4, "random", 0)
-    assert random is not None
-    # Four standard deviations of a binomial around 1,000.
-    assert (random.bincount() - 1000).abs().max() < 4 * (4000 * 0.25 * 0.75) ** 0.5
-    assert torch.equal(random[100:200], sample_labels(range(100, 200), 4, "random", 0))  # type: ignore[arg-type]
-    assert sample_labels(range(4), 0, "balanced", 0) is None
-
-
 def test_sampler_of_another_kind_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"sample.sampler 'ddpm' does not fit SiT: choose one of: ode-euler"):
         ImageSampler(network(), config("ddpm"), device="cpu")
@@ -144,24 +122,3 @@ def test_guidance_needs_classes_and_is_refused_before_the_network_runs() -> None
 def test_settings_that_do_not_fit_are_refused_at_once(kind: str, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         ImageSampler(watched(kind), config(**changes), device="cpu")
-
-
-def test_grid_and_files_hold_the_pixels(tmp_path: Path) -> None:
-    images = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8)
-    sheet = grid_image(images, columns=2)
-    assert sheet.shape == (14, 9, 3)
-    assert (sheet[5:9, 5:9] == images[3].permute(1, 2, 0).numpy()).all()
-    assert (sheet[4] == 255).all()
-    write_images(images, None, tmp_path / "folder", 2)
-    assert (np.asarray(Image.open(tmp_path / "folder" / "000004.png")) == images[4].permute(1, 2, 0).numpy()).all()
-    with pytest.raises(ConfigError, match="neither a folder nor"):
-        write_images(images, None, tmp_path / "deep" / "images.jpg", 2)
-    assert not (tmp_path / "deep").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"), [("grid.png", "png"), ("images.npz", "npz"), ("new", "folder"), ("there.v2", "folder")]
-)
-def test_path_decides_the_format(name: str, kind: str, tmp_path: Path) -> None:
-    (tmp_path / "there.v2").mkdir()
-    assert image_format(tmp_path / name) == kind
