@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,15 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
         ("train", "data.path is not set: give a folder made by `vrpo prepare SOURCE OUT --size N`."),
         ("compare", "vrpo compare needs at least one run"),
         ("compare nowhere", "no run at"),
+        ("evaluate --reference r --features f", "needs something to score"),
+        ("evaluate stats . --out x.npy --features f", "--out x.npy is no .npz file"),
+        ("evaluate stats nowhere --out x.npz --features f", "there is nothing at nowhere"),
+        ("evaluate parity a b --expect fdd=1", "--expect fdd=1 names no metric: did you mean 'fd'?"),
+        ("evaluate parity a b --expect fd=x", "--expect fd=x gives no number"),
+        ("evaluate parity a b", "there is nothing at a"),
+        ("evaluate cknna nowhere", "no run at nowhere"),
+        ("evaluate probe nowhere", "no run at nowhere"),
+        ("evaluate cknna . --times 1.5", "--times cannot be 1.5"),
         ("evaluate nowhere --reference r --features f", "there is nothing at nowhere"),
         ("sample nowhere --out x", "no run at nowhere"),
         ("demo --objectives nome", "there is no objective 'nome': did you mean 'none'?"),
@@ -249,6 +259,7 @@ def test_from_images_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
         new = set(files.iterdir()) - before
         assert len(new) == bool(change), "another protocol keeps the earlier file, the same one renews it"
         assert all(":" not in file.name and file.name.startswith("step-00000008-vrpo-conv-") for file in new)
+    check_other_evaluations(tmp_path, data, encoder, capsys)
     for target in ("grid.png", "images.npz", "folder"):
         words = ["sample", str(tmp_path / "repa"), "--out", str(tmp_path / target), "--count", "5"]
         assert run(words, capsys)[0] == 0
@@ -261,6 +272,46 @@ def test_from_images_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
     code, out, _ = run(["compare", str(tmp_path / "none"), str(tmp_path / "repa"), "--out", str(report)], capsys)
     assert code == 0
     assert "<svg" in report.read_text()
+
+
+def check_other_evaluations(tmp_path: Path, data: str, encoder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Saved statistics, several sources in one table, published values, CKNNA and probes."""
+    images, stats, runs = (
+        str(tmp_path / "images"),
+        tmp_path / "stats.npz",
+        [str(tmp_path / n) for n in ("none", "repa")],
+    )
+    code, out, _ = run(["evaluate", "stats", data, "--out", str(stats), "--features", encoder], capsys)
+    assert (code, "48 images" in out) == (0, True)
+    several = ["evaluate", *runs, data, "--features", encoder, "--metrics", "fd", "recall", "--out"]
+    values = []
+    for reference in (data, str(stats)):
+        words = [*several, str(tmp_path / "all.json"), "--reference", reference, "--samples", "16"]
+        code, out, _ = run(words, capsys)
+        assert (code, "repa" in out) == (0, True)
+        records = json.loads((tmp_path / "all.json").read_text())["evaluations"]
+        assert [(record["source"], record["protocol"]["sample_count"]) for record in records] == [
+            (source, 16) for source in (*runs, data)
+        ]
+        values.append([record["metrics"] for record in records])
+    assert values[0] == values[1]
+    code, _, err = run(["evaluate", images, "--reference", data, "--features", encoder, "--samples", "49"], capsys)
+    assert (code, "There are 48 images in images and 49 were asked for" in err) == (2, True)
+    code, _, err = run(["evaluate", data, "--reference", data, "--features", encoder, "--metrics", "is"], capsys)
+    assert (code, "'is' is of the Inception network alone" in err) == (2, True)
+    parity = ["evaluate", "parity", data, str(stats), "--features", encoder, "--expect"]
+    assert run([*parity, "precision=1", "fid=0"], capsys)[0] == 0
+    code, out, _ = run([*parity, "precision=1", "fid=7"], capsys)
+    assert (code, "differs" in out) == (1, True)
+    for command in ("cknna", "probe"):
+        looking = ["--times", "0.5", "1", "--depths", "1", "2", "--images", "24"]
+        code, out, _ = run(["evaluate", command, runs[1], *looking], capsys)
+        assert (code, "Protocol:" in out) == (0, True)
+        (file,) = (tmp_path / "repa" / "evaluations").glob(f"{command}-*.json")
+        assert len(json.loads(file.read_text())["values"]) == 2
+        code, _, err = run(["evaluate", command, runs[1], "--depths", "9"], capsys)
+        assert (code, err.startswith("vrpo: --depths 9 is not a block of this model")) == (2, True), err
+        file.unlink()
 
 
 def test_plugin_registers_a_reward_and_a_missing_one_is_a_sentence(

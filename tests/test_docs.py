@@ -19,6 +19,7 @@ from pydantic import BaseModel
 import vrpo.commands.data
 import vrpo.commands.evaluation
 import vrpo.commands.images
+import vrpo.commands.representation
 import vrpo.commands.training
 from vrpo.alignment.objective import AlignmentBatch
 from vrpo.alignment.policy import Actions
@@ -294,7 +295,13 @@ class Parsed(Exception):
 @pages
 def test_every_command_in_the_text_parses(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[tuple[Any, list[str]]] = []
-    for module in (vrpo.commands.data, vrpo.commands.evaluation, vrpo.commands.images, vrpo.commands.training):
+    for module in (
+        vrpo.commands.data,
+        vrpo.commands.evaluation,
+        vrpo.commands.images,
+        vrpo.commands.representation,
+        vrpo.commands.training,
+    ):
 
         def parse(*arguments: Any, original: Any = module.parse, **options: Any) -> Any:
             found.append(original(*arguments, **options))

@@ -26,6 +26,11 @@ COMMANDS = {
     "evaluate": ("evaluation.evaluate", "Score runs, folders or npz files against reference images."),
     "evaluate stats": ("evaluation.stats", "Save the statistics of reference images."),
     "evaluate parity": ("evaluation.parity", "Score a pair of published files and compare with published values."),
+    "evaluate cknna": (
+        "representation.cknna",
+        "Measure how a run's tokens align with an encoder's, by depth and time.",
+    ),
+    "evaluate probe": ("representation.probe", "Fit linear classifiers to a run's tokens, by depth and time."),
     "compare": ("images.compare", "Compare runs in one HTML report."),
 }
 

@@ -1,0 +1,232 @@
+"""The commands about what a trunk has learned: ``evaluate cknna`` and ``evaluate probe``."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from pydantic import Field
+from tyro.conf import Positional
+
+from vrpo.commands.outputs import check_output
+from vrpo.commands.parse import parse
+from vrpo.config import Count, Positive, Seed
+from vrpo.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from vrpo.data.shards import ShardedDataset
+    from vrpo.evaluation.trunk import DepthTimeTable, Trunk
+    from vrpo.sampling import LoadedRun
+
+UnitTime = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass
+class Looking:
+    """Where one looks into the trunk."""
+
+    depths: tuple[Positive, ...] | None = None
+    """Blocks after which tokens are read, from 1; default all."""
+    times: Annotated[tuple[UnitTime, ...], Field(min_length=1)] = (0.0, 0.25, 0.5, 0.75)
+    """Times of the noised images, from 0 = data to 1 = noise."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Averaged or trained weights."""
+    batch_size: Positive = 64
+    """Images at once."""
+    seed: Seed = 0
+    """Seed of the noise."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    out: Path | None = None
+    """JSON file to write; default in the run's folder `evaluations`."""
+
+    def open(self, run: Path) -> tuple[LoadedRun, Trunk, tuple[int, ...]]:
+        """Load the run's newest checkpoint, and return the depths that are looked at."""
+        from vrpo.alignment.build import check_depths
+        from vrpo.evaluation.trunk import Trunk
+        from vrpo.sampling import build_denoising, load_run
+        from vrpo.training.setup import resolve_device
+
+        device = resolve_device(self.device)
+        loaded = load_run(run, self.weights, device)
+        deepest = loaded.network.depth
+        check_depths("--depths", self.depths or (), deepest)
+        if self.out is not None:
+            check_output(self.out)
+        else:
+            check_output(run / "evaluations", folder=True)
+        trunk = Trunk(loaded.network, build_denoising(loaded.network.kind, loaded.config.diffusion), device)
+        return loaded, trunk, self.depths or tuple(range(1, deepest + 1))
+
+    def finish(self, run: Path, loaded: LoadedRun, name: str, result: DepthTimeTable, **about: Any) -> None:
+        """Print the table and write the JSON file."""
+        from rich.console import Console
+
+        from vrpo.evaluation.evaluate import write_json
+
+        result.protocol.update(about, weights=self.weights)
+        Console().print(result.table())
+        out = self.out or run / "evaluations" / f"{name}-step-{loaded.step:08d}.json"
+        write_json(out, result.record(run=str(run), step=loaded.step, images=loaded.images))
+        print(f"Written: {out}")
+
+
+@dataclass
+class Cknna:
+    """Alignment of a run's tokens with an encoder's, by depth and time (CKNNA)."""
+
+    run: Positional[Path]
+    """Folder of the run."""
+    encoder: str | None = None
+    """Encoder to compare with, as in a run's configuration; default the run's own."""
+    encoder_weights: Path | None = None
+    """Local weights file of that encoder."""
+    data: Path | None = None
+    """Prepared data set; default the run's held-out data, or else its training data."""
+    images: Annotated[Count, Field(ge=12)] = 2_000
+    """Images, spread over the data."""
+    looking: tyro.conf.OmitArgPrefixes[Looking] = dataclasses.field(default_factory=Looking)
+
+
+def cknna(words: list[str]) -> int:
+    """Measure CKNNA."""
+    options, _ = parse(Cknna, words, "evaluate cknna")
+
+    from math import isqrt
+
+    from vrpo.evaluation.trunk import cknna_by_depth
+    from vrpo.vision.encoders import load_encoder
+
+    looking = options.looking
+    loaded, trunk, depths = looking.open(options.run)
+    config = loaded.config
+    own = options.encoder is None
+    named = options.data or config.data.validation or config.data.path
+    data = _open_data(named, loaded)
+    count = min(options.images, len(data))
+    encoder = load_encoder(
+        config.encoder.name if options.encoder is None else options.encoder,
+        weights=options.encoder_weights or (config.encoder.weights if own else None),
+        grid=isqrt(loaded.network.num_tokens),
+        feature=config.encoder.feature if own else None,
+        input_size=config.encoder.input_size if own else None,
+        device=trunk.device,
+    )
+    with _display() as display:
+        result = cknna_by_depth(
+            trunk,
+            encoder,
+            data,
+            depths=depths,
+            times=looking.times,
+            count=count,
+            seed=looking.seed,
+            batch_size=looking.batch_size,
+            progress=lambda done, total: display.progress("times", done, total),
+        )
+    looking.finish(
+        options.run,
+        loaded,
+        "cknna",
+        result,
+        data=data.path.name,
+        data_hash=data.fingerprint,
+        encoder=encoder.fingerprint,
+    )
+    return 0
+
+
+@dataclass
+class Probe:
+    """Accuracy of a linear classifier on a run's tokens, by depth and time."""
+
+    run: Positional[Path]
+    """Folder of the run."""
+    data: Path | None = None
+    """Prepared data set that the classifier is fitted to; default the run's training data."""
+    test: Path | None = None
+    """Prepared data set that it is scored on; default the run's held-out data, or else other rows of --data."""
+    images: Annotated[Count, Field(ge=2)] = 5_000
+    """Images it is fitted to, spread over the data."""
+    test_images: Annotated[Count, Field(ge=1)] = 2_000
+    """Images it is scored on."""
+    looking: tyro.conf.OmitArgPrefixes[Looking] = dataclasses.field(default_factory=Looking)
+
+
+def probe(words: list[str]) -> int:
+    """Fit linear probes."""
+    options, _ = parse(Probe, words, "evaluate probe")
+
+    import numpy as np
+
+    from vrpo.evaluation.trunk import probe_by_depth, spread_rows
+
+    looking = options.looking
+    loaded, trunk, depths = looking.open(options.run)
+    config = loaded.config
+    data = _open_data(options.data or config.data.path, loaded)
+    named = options.test or (config.data.validation if options.data is None else None)
+    test = data if named is None else _open_data(named, loaded)
+    for side in (data, test):
+        if not side.labelled:
+            raise DataError(f"{side.path} has no labels, and a probe needs them: prepare it from one folder a class.")
+    if data.class_names != test.class_names:
+        raise DataError(f"{test.path} has other classes than {data.path}: give data sets of the same classes.")
+    if named is None:
+        count = min(options.images + options.test_images, len(data))
+        rows = spread_rows(len(data), count)
+        # Every n-th row is for testing, so that both sides hold every class of data in the order of classes.
+        held = spread_rows(count, max(1, count * options.test_images // (options.images + options.test_images)))
+        sides = (np.delete(rows, held), rows[held])
+    else:
+        sides = (
+            spread_rows(len(data), min(options.images, len(data))),
+            spread_rows(len(test), min(options.test_images, len(test))),
+        )
+    with _display() as display:
+        result = probe_by_depth(
+            trunk,
+            data,
+            test,
+            depths=depths,
+            times=looking.times,
+            rows=sides,
+            num_classes=data.num_classes,
+            seed=looking.seed,
+            batch_size=looking.batch_size,
+            progress=lambda done, total: display.progress("features", done, total),
+        )
+    looking.finish(
+        options.run,
+        loaded,
+        "probe",
+        result,
+        data=data.path.name,
+        data_hash=data.fingerprint,
+        test=test.path.name,
+        test_hash=test.fingerprint,
+    )
+    return 0
+
+
+def _open_data(path: Path | None, loaded: LoadedRun) -> ShardedDataset:
+    from vrpo.data.shards import ShardedDataset
+
+    if path is None:
+        raise ConfigError("the run names no data: give a prepared data set with --data.")
+    data = ShardedDataset(path)
+    size = loaded.network.input_size
+    if data.image_size != size:
+        raise DataError(
+            f"the images of {path} are {data.image_size} px and the model's {size} px: prepare them with --size {size}."
+        )
+    return data
+
+
+def _display() -> Any:
+    from vrpo.display import TrainingDisplay
+
+    return TrainingDisplay()
