@@ -76,6 +76,7 @@ class DataConfig(Section):
     validation: Path | None = Field(None, description="Prepared data set for the held-out loss and as reference.")
     flip: bool | None = Field(None, description="Mirror at random; None: as prepared.")
     conditional: bool = Field(True, description="Train with class labels; False ignores them.")
+    verify: bool = Field(True, description="Compare every byte with its hash before training.")
     prefetch: int = Field(4, ge=1, description="Batches prepared ahead of the trainer.")
 
 

@@ -45,28 +45,45 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors to a safetensors file and wait until it is on disk."""
+def save_tensors(path: Path, tensors: dict[str, Tensor], *, seal: bool = False) -> None:
+    """Write tensors to a safetensors file, with their hash in it on ``seal``, and wait until it is on disk."""
     from safetensors.torch import save_file
 
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path, metadata)
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    save_file(plain, path, {"seal": _tensor_hash(plain)} if seal else None)
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
+def _tensor_hash(tensors: dict[str, Tensor]) -> str:
+    import torch
+
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def load_tensors(path: Path, *, sealed: bool = False) -> dict[str, Tensor]:
+    """Read a safetensors file; with ``sealed``, one whose hash is in it.
 
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise CheckpointError(f"there are no weights at {path}: give the path of a safetensors file.")
     try:
-        return load_file(path)
+        tensors = load_file(path)
+        if sealed:
+            with safe_open(path, framework="pt") as file:
+                seal = (file.metadata() or {}).get("seal")
+            if seal != _tensor_hash(tensors):
+                raise ValueError("its content differs from its seal")
+        return tensors
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file: use another copy.") from error
 

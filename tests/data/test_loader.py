@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vrpo.data.loader import BatchOrder, Loader, hash_positions
-from vrpo.errors import ConfigError
+from vrpo.errors import ConfigError, DataError
 
 
 class Rows:
@@ -166,9 +166,9 @@ def test_an_error_in_the_thread_reaches_the_consumer_with_the_batch():
 
     batches = Loader(Failing(20), 4, 0, False).batches(7)
     assert [next(batches).step, next(batches).step] == [7, 8]
-    with pytest.raises(OSError, match="the disk is gone") as caught:
+    with pytest.raises(DataError, match=r"data thread failed at batch 9 of the data .*the disk is gone") as caught:
         next(batches)
-    assert caught.value.__notes__ == ["while the background thread read batch 9"]
+    assert isinstance(caught.value.__cause__, OSError)
     assert loader_threads() == 0
 
 

@@ -30,6 +30,8 @@ class Train:
     """Folder of the run; default runs/NAME-seed-SEED."""
     resume: bool = False
     """Go on with the run in --out."""
+    rewind: Annotated[int, Field(ge=0)] | None = None
+    """With --resume: go back to the newest checkpoint of at most this many images, past the data read since."""
     plugin: tuple[Path, ...] = ()
     """Python files to run first, for example one that registers a reward. Only name files that you trust."""
 
@@ -62,6 +64,7 @@ def train(words: list[str]) -> int:
                 config,
                 out,
                 resume=options.resume,
+                rewind=options.rewind,
                 say=display.say,
                 display=display.report,
                 progress=display.progress,
@@ -80,6 +83,8 @@ def _read(words: list[str]) -> tuple[Train, RunConfig, Path]:
     options, rest = parse(Train, words, "train", rest=True)
     if options.preset is not None and options.config is not None:
         raise ConfigError("give --preset or --config, not both: they are two starting points.")
+    if options.rewind is not None and not options.resume:
+        raise ConfigError("--rewind goes back within a run: give --resume and --out too.")
     for file in options.plugin:
         _run_plugin(file)
     where, values = "the defaults", {}

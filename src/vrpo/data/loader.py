@@ -18,8 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vrpo.data.transforms import mirror
-from vrpo.errors import ConfigError
+from vrpo.errors import ConfigError, DataError, VrpoError
 from vrpo.randomness import STREAM_FLIP, STREAM_ORDER, mix
+
+# Seconds after which a silent data thread is asked whether it lives.
+_PATIENCE = 5.0
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,11 +132,15 @@ class Loader:
         share = batch_size // world_size
         self._share = slice(rank * share, (rank + 1) * share)
 
+    def indices(self, step: int) -> NDArray[np.int64]:
+        """Return the rows that this rank reads at ``step``."""
+        return self.order.indices(step)[self._share]
+
     def batch(self, step: int) -> Batch:
         """Read the batch at ``step`` now, in this thread."""
         import torch
 
-        indices = self.order.indices(step)[self._share]
+        indices = self.indices(step)
         pixels, labels = self.dataset.read(indices)
         if self.flip:
             flipped = torch.from_numpy(self.order.flips(step)[self._share])
@@ -149,7 +156,7 @@ class Loader:
         """Yield the batches from ``start_step`` up to but without ``stop_step``, or without end where None.
 
         The background thread ends with the iteration, also where the consumer breaks off. An exception in it
-        is raised here, with a note that names the batch.
+        is raised here, as a DataError that names the batch.
         """
         ready: queue.Queue[Batch | BaseException | None] = queue.Queue(self.prefetch)
         stopped = threading.Event()
@@ -163,7 +170,7 @@ class Loader:
         try:
             while True:
                 waiting = time.perf_counter()
-                item = ready.get()
+                item = self._next(ready, thread)
                 self.wait_seconds += time.perf_counter() - waiting
                 if item is None:
                     return
@@ -192,6 +199,24 @@ class Loader:
                 ready.put(self.batch(step))
                 step += 1
             ready.put(None)
-        except BaseException as error:  # whatever it is, the consumer must hear of it
-            error.add_note(f"while the background thread read batch {step}")
+        except (VrpoError, MemoryError) as error:
             ready.put(error)
+        except BaseException as error:  # whatever it is, the consumer must hear of it
+            reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+            told = DataError(
+                f"the data thread failed at batch {step} of {getattr(self.dataset, 'path', 'the data')} ({reason}): "
+                "check the data with `vrpo data verify`, then go on with --resume."
+            )
+            told.__cause__ = error
+            ready.put(told)
+
+    @staticmethod
+    def _next(
+        ready: queue.Queue[Batch | BaseException | None], thread: threading.Thread
+    ) -> Batch | BaseException | None:
+        while True:
+            try:
+                return ready.get(timeout=_PATIENCE)
+            except queue.Empty:
+                if not thread.is_alive() and ready.empty():
+                    return DataError("the data thread is gone without a word: go on with --resume.")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vrpo.errors import CheckpointError
 from vrpo.files import explain_os_error, load_tensors, save_tensors, sha256_file, sync_folder, write_text
+from vrpo.untrusted import read_json, seal, unseal
 
 PARTS = ("model", "ema", "objective", "optimizer")
 
@@ -47,7 +48,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
             path = temporary / f"{part}.safetensors"
             save_tensors(path, checkpoint.tensors[part])
             hashes[path.name] = sha256_file(path)
-        write_text(temporary / "state.json", json.dumps({**checkpoint.state, "sha256": hashes}, indent=1))
+        write_text(temporary / "state.json", json.dumps(seal({**checkpoint.state, "sha256": hashes}), indent=1))
         sync_folder(temporary)
         temporary.rename(target)
         sync_folder(folder)
@@ -69,6 +70,11 @@ def find_checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"), reverse=True)
 
 
+def step_of(path: Path) -> int:
+    """Return the step in a checkpoint folder's name."""
+    return int(path.name.rpartition("-")[2])
+
+
 def read_state(path: Path, verify: bool = False) -> dict[str, Any]:
     """Read a checkpoint's counters, and with ``verify`` check every file against its hash.
 
@@ -76,9 +82,9 @@ def read_state(path: Path, verify: bool = False) -> dict[str, Any]:
         CheckpointError: a file is missing or does not match.
     """
     try:
-        state = json.loads((path / "state.json").read_text("utf-8"))
+        state = unseal(read_json(path / "state.json"))
         hashes = state.pop("sha256")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path / 'state.json'} is missing or damaged: use another checkpoint.") from error
     for part in PARTS if verify else ():
         file = path / f"{part}.safetensors"

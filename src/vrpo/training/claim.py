@@ -16,6 +16,7 @@ FREE_KEYS = (
     "data.path",
     "data.validation",
     "data.prefetch",
+    "data.verify",
     "train.device",
     "train.compile",
     "train.keep_checkpoints",
@@ -43,7 +44,7 @@ def claim_folder(run: Path, config: RunConfig, resume: bool) -> None:
         if not (run / "checkpoints").is_dir() and not (run / "metrics.jsonl").is_file():
             return  # it failed before its first step: nothing is lost by beginning again
         raise ConfigError(f"{run} holds a run already: go on with --resume, or choose another --out.")
-    old = flatten(validate(load_file(file), str(file)).model_dump(mode="json"))
+    old = flatten(validate(load_file(file, sealed=True), str(file)).model_dump(mode="json"))
     new = flatten(config.model_dump(mode="json"))
     for key in sorted(set(old) | set(new)):
         if old.get(key) != new.get(key) and not _is_free(key, config):

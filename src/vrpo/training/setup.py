@@ -43,6 +43,10 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+# Below this, reading the data once takes no time worth showing.
+_LONG_TO_READ = 1 << 30
+
+
 @dataclass
 class Parts:
     """What a run is made of."""
@@ -61,6 +65,20 @@ class Parts:
     def num_classes(self) -> int:
         """Classes that the trunk is conditioned on."""
         return self.trunk.num_classes
+
+    def verify_data(self, world: World, progress: Any = None) -> None:
+        """Compare this process's share of the data and token caches with their hashes.
+
+        Raises:
+            DataError: bytes have changed; their file is named.
+        """
+        for dataset in (self.dataset, self.held_out):
+            if dataset is not None:
+                size = sum(record.bytes for record in dataset.manifest.shards)
+                shown = progress is not None and size > _LONG_TO_READ
+                told = (lambda done, of: progress("verifying data", done, of)) if shown else None
+                dataset.verify(told, world.rank, world.size)
+        self.targets.verify(world.rank, world.size)
 
 
 def check_config(config: RunConfig, world: World = ALONE) -> None:

@@ -182,6 +182,8 @@ class DenoisingStep(nn.Module):
             total = total + token_loss * weight
         with self._watch():
             self.objective.observe(seen, rerun)
+        # A loss that is not finite makes every gradient so, in all processes: the step is skipped by all of them.
+        total = total * (1 + 0 * total.detach())
         return StepOutput(total, seen, _detached(extra), batch.time, _detached(token_loss))
 
     def _run(self, trunk: nn.Module, state: State, t: Tensor, labels: Tensor | None, taps: Taps) -> State:

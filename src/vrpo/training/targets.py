@@ -105,19 +105,29 @@ class Targets:
         """Channels of the first encoder's keys and of its values, 0 where they are not read."""
         return (self.encoders[0].key_width, self.encoders[0].value_width) if self.encoders else (0, 0)
 
+    def verify(self, rank: int = 0, world_size: int = 1) -> None:
+        """Compare every ``world_size``-th part of the token caches with its hash, beginning at part ``rank``.
+
+        Raises:
+            DataError: a part differs; it is named.
+        """
+        for cache in self._caches:
+            if cache is not None:
+                cache.verify(rank, world_size)
+
     def fit_means(self, dataset: ShardedDataset, file: Path, resumed: bool) -> None:
         """Measure means and scales on rows spread over the data, or read those that a resumed run began with."""
         if not any(self._centred) and not self._standardised:
             return
         if resumed and file.is_file():
-            stored = load_tensors(file)
+            stored = load_tensors(file, sealed=True)
         else:
             rows = np.unique(np.linspace(0, len(dataset) - 1, MEAN_IMAGES).astype(np.int64))
             stored = {}
             for index in range(len(self.encoders)):
                 stored |= {f"{name}.{index}": value for name, value in self._fit(index, dataset, rows).items()}
             unfinished = file.with_name(f".{file.name}.tmp")
-            save_tensors(unfinished, stored)
+            save_tensors(unfinished, stored, seal=True)
             unfinished.replace(file)
         for index, centred in enumerate(self._centred):
             if centred:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,9 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from vrpo.files import write_text
 from vrpo.training.distributed import ALONE, World
+from vrpo.untrusted import parse_json, seal, unseal
 
 
 class Meter:
@@ -74,28 +75,28 @@ class Journal:
     def __init__(self, path: Path | None, images: int, last: Mapping[str, int] | None = None) -> None:
         """Open the file for appending, dropping what an interrupted run wrote beyond ``images``.
 
-        Without a path nothing is written, and ``last`` says at how many images each kind was written last.
+        Lines that are not as they were written are left out and counted in ``damaged``. Without a path nothing is
+        written, and ``last`` says at how many images each kind was written last.
         """
         self.path = path
         self.last: dict[str, int] = dict(last or {})
+        self.damaged = 0
         self._file: TextIO | None = None
         if path is not None:
             self._open(path, images)
 
     def _open(self, path: Path, images: int) -> None:
         kept = []
-        if path.exists():
-            for line in path.read_text("utf-8").splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = unseal(parse_json(line), required=False)
                 if record["images"] <= images:
-                    kept.append(line)
+                    kept.append(line.decode())
                     self.last[record["kind"]] = record["images"]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), "utf-8")
-        os.replace(temporary, path)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                self.damaged += number < len(lines)  # the last one may be torn by an interruption
+        write_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def has(self, kind: str, images: int) -> bool:
@@ -106,7 +107,7 @@ class Journal:
         """Append one record."""
         self.last[kind] = values["images"]
         if self._file is not None:
-            self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+            self._file.write(json.dumps(seal({"kind": kind, **values})) + "\n")
             self._file.flush()
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,17 +21,27 @@ from vrpo.data.transforms import to_float
 from vrpo.errors import CheckpointError, ConfigError, DataError, EvaluationError
 from vrpo.files import load_into, write_text
 from vrpo.sampling import DTYPES, ImageSampler
-from vrpo.training.checkpoint import Checkpoint, find_newest, load_checkpoint, save_checkpoint
+from vrpo.training.checkpoint import (
+    Checkpoint,
+    find_checkpoints,
+    find_newest,
+    load_checkpoint,
+    save_checkpoint,
+    step_of,
+)
 from vrpo.training.claim import claim_folder
 from vrpo.training.distributed import ALONE, SharedSignal, World, describe_share, share
 from vrpo.training.ema import Ema
 from vrpo.training.observe import Validation, save_grid
 from vrpo.training.optim import Optimizer
 from vrpo.training.parallel import Parallel
+from vrpo.training.rewind import passed_at, read_rewinds, rewind_run, set_aside_rewound
 from vrpo.training.setup import Parts, build_parts, facts
 from vrpo.training.step import DenoisingStep, draw_step
 from vrpo.training.stop import StopRequest
 from vrpo.training.telemetry import BinnedMean, Journal, Meter, Stopwatch, Window, memory_mb, plain
+from vrpo.training.trouble import Watch, name_samples, name_terms
+from vrpo.untrusted import seal, seal_text
 
 TIME_BINS = 10
 DEFAULT_LOG_STEPS = 50
@@ -71,12 +82,15 @@ class Trainer:
         run: Path,
         *,
         resume: bool = False,
+        rewind: int | None = None,
         say: Callable[[str], None] = print,
         display: Callable[[Report], None] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
         world: World = ALONE,
     ) -> None:
         """Build the run in folder ``run``, or take up the one that is there, together with the processes of ``world``.
+
+        ``rewind`` goes back to the newest checkpoint of at most that many images (see ``vrpo.training.rewind``).
 
         Raises:
             VrpoError: a configuration, data set, encoder or checkpoint that cannot be used.
@@ -85,6 +99,7 @@ class Trainer:
         self.say = say if world.first else _say_nothing
         self._display = display if world.first else None
         self.step, self.images, self.seconds = 0, 0, 0.0
+        self.passed = 0  # steps whose data a rewind passed over
         # The first process goes first: it may fill caches on disk, which the others then read.
         with world.in_turn():
             claim_folder(run, config, resume)
@@ -98,7 +113,10 @@ class Trainer:
         self.ema = Ema(parts.trunk, train.ema)
         self.optimizer = Optimizer([*parts.trunk.parameters(), *parts.objective.parameters()], train, parts.device)
         if resume:
-            self._resume()
+            self._resume(rewind)
+        if config.data.verify:
+            with world.agreed():
+                parts.verify_data(world, progress if world.first else None)
         world.ask_first(self._begin_folder)
         with world.in_turn():
             means = run / "target_means.safetensors"
@@ -128,6 +146,7 @@ class Trainer:
         with world.agreed():
             self._scorer = self._build_scorer()
         self._meter, self._by_time = Meter(world), BinnedMean(TIME_BINS, parts.device, world)
+        self._watch = Watch(train.stop_after_bad)
         self._window = Window(self.images)
         self._target_time, self._objective_time = Stopwatch(parts.device), Stopwatch(parts.device)
         self.module.stopwatch = self._objective_time
@@ -145,8 +164,9 @@ class Trainer:
         steps = -(-train.images // train.batch_size)
         journal = self._open_journal()
         shared = SharedSignal(self.world)
+        batches = self.loader.batches(self.step + self.passed, steps + self.passed)
         self.parts.trunk.train()
-        with StopRequest() as stop, closing(journal), closing(self.loader.batches(self.step, steps)) as batches:
+        with StopRequest() as stop, closing(journal), closing(batches):
             try:
                 # A run stopped at a step where something was due has not done it yet.
                 self._observe(journal, first=self.step == 0)
@@ -189,7 +209,7 @@ class Trainer:
         clean = to_float(pixels)
         draws = draw_step(
             config.seed,
-            self.step,
+            self.step + self.passed,
             count=train.batch_size,
             shape=(clean.shape[1], clean.shape[2], clean.shape[3]),
             noisings=train.noisings,
@@ -198,6 +218,7 @@ class Trainer:
             token_width=parts.trunk.token_width,
         )
         part = self.share
+        self._watch.begin(self.step)
         for start in range(0, part.size, part.micro):
             # Rows of this process's batch whose noisings this pass holds.
             rows = slice(start // train.noisings, (start + part.micro) // train.noisings)
@@ -214,6 +235,7 @@ class Trainer:
                     sample_weight=self.optimizer.scale / part.size,
                 )
                 output.loss.backward()
+            self._watch.add(output)
             self._meter.add("denoising", output.denoising.mean())
             if output.alignment_loss is not None:
                 self._meter.add("alignment_loss", output.alignment_loss)
@@ -296,12 +318,33 @@ class Trainer:
             self._display(Report(self.step, self.images, self.config.train.images, record))
         in_a_row = int(optimizer.skipped_in_a_row.item())
         if in_a_row >= self.config.train.stop_after_bad:
-            raise NonFiniteError(
-                f"training stopped at step {self.step}: the loss or its gradient was not finite in the last {in_a_row} "
-                "steps; its checkpoints are good; start another run with a lower train.lr or --train.precision fp32."
-            )
+            with self.world.agreed():
+                raise NonFiniteError(self._diagnosis(in_a_row))
         window.reset(self.images)
         window.start(self.loader.wait_seconds)
+
+    def _diagnosis(self, in_a_row: int) -> str:
+        found = self._watch.diagnose(in_a_row)
+        batch, noisings = self.config.train.batch_size, self.config.train.noisings
+        own = self.loader.indices(found.first + self.passed)
+        alone = np.unique(own[found.rows // noisings])
+        told = self.world.gather(
+            (found.terms, [self.parts.dataset.key(row) for row in alone], [self.parts.dataset.key(row) for row in own])
+        )
+        terms = {term for names, _, _ in told for term in names}
+        bad = [key for _, keys, _ in told for key in keys]
+        samples = name_samples(bad or [key for _, _, keys in told for key in keys], bool(bad))
+        good = next((path for path in find_checkpoints(self.run) if step_of(path) <= found.first), None)
+        remedy = "start again with a lower train.lr or --train.precision fp32."
+        if good is not None:
+            remedy = (
+                f"the last good checkpoint is {good.name}; go back to it, past these data, with --resume --rewind "
+                f"{found.first * batch}, or {remedy}"
+            )
+        return (
+            f"training stopped at step {self.step}: the {name_terms(terms)} was not finite in the last {in_a_row} "
+            f"steps, first in step {found.first + 1} {samples}; {remedy}"
+        )
 
     def _write(self, journal: Journal, kind: str, **values: Any) -> None:
         journal.write(kind, step=self.step, images=self.images, seconds=round(self.seconds, 3), **values)
@@ -325,11 +368,15 @@ class Trainer:
             "data": self.parts.dataset.fingerprint,
             "encoders": [encoder.fingerprint for encoder in self.parts.targets.encoders],
             "seed": self.config.seed,
+            "passed": self.passed,
         }
         checkpoint, keep = Checkpoint(tensors, state), self.config.train.keep_checkpoints
         return self.world.ask_first(lambda: save_checkpoint(self.run, checkpoint, keep))
 
-    def _resume(self) -> None:
+    def _resume(self, rewind: int | None) -> None:
+        if rewind is not None:
+            self.say(self.world.ask_first(lambda: rewind_run(self.run, rewind, self.config.train.batch_size)))
+        self.world.ask_first(lambda: set_aside_rewound(self.run))
         found = self.world.ask_first(lambda: find_newest(self.run))
         if found is None:
             self.say(f"{self.run} has no checkpoint: starting from the beginning.")
@@ -356,6 +403,7 @@ class Trainer:
         load_into(self.parts.objective, checkpoint.tensors["objective"], where)
         self.optimizer.load_state(checkpoint.tensors["optimizer"])
         self.step, self.images, self.seconds = state["step"], state["images"], state["seconds"]
+        self.passed = passed_at(read_rewinds(self.run), self.step)
         if self.images > self.config.train.images + self.config.train.batch_size:
             raise ConfigError(
                 f"{self.run} has trained on {self.images:,} images already, more than train.images "
@@ -365,12 +413,12 @@ class Trainer:
 
     def _begin_folder(self) -> None:
         self.run.mkdir(parents=True, exist_ok=True)
-        write_text(self.run / "config.yaml", to_yaml(self.config))
+        write_text(self.run / "config.yaml", seal_text(to_yaml(self.config)))
         self._write_facts("running")
 
     def _write_facts(self, status: str) -> None:
         if self.world.first:
-            write_text(self.run / "run.json", json.dumps(facts(self.parts, status, self.world), indent=1))
+            write_text(self.run / "run.json", json.dumps(seal(facts(self.parts, status, self.world)), indent=1))
 
     def _open_journal(self) -> Journal:
         """Open the run's telemetry; processes other than the first keep none, but know what is in it."""
@@ -381,6 +429,8 @@ class Trainer:
             return opened[0].last
 
         known = self.world.ask_first(last)
+        if opened and opened[0].damaged:
+            self.say(f"Left out {opened[0].damaged} damaged lines of {self.run / 'metrics.jsonl'}.")
         return opened[0] if opened else Journal(None, self.images, known)
 
     def _build_scorer(self) -> Callable[[], dict[str, Any]] | None:

@@ -1,0 +1,180 @@
+"""Steps that are not finite: skipped, told with their term and samples, and gone back before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vrpo.alignment.objective import Objective
+from vrpo.data.loader import BatchOrder
+from vrpo.errors import CheckpointError
+from vrpo.training import rewind as rewind_module
+from vrpo.training.checkpoint import read_state
+from vrpo.training.rewind import Rewind, passed_at, read_rewinds
+from vrpo.training.trainer import NonFiniteError, Trainer
+
+STEPS = {"train": {"images": 160, "checkpoint_every": 16, "keep_checkpoints": 20, "stop_after_bad": 3, "log_every": 8}}
+
+
+def trainer(config: Any, folder: Path, **options: Any) -> Trainer:
+    return Trainer(config, folder, say=lambda sentence: None, **options)
+
+
+def states(folder: Path) -> dict[int, dict[str, Any]]:
+    found = [read_state(path) for path in sorted((folder / "checkpoints").glob("step-*"))]
+    return {state["step"]: state for state in found}
+
+
+def final(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(max((folder / "checkpoints").glob("step-*")) / "model.safetensors")
+
+
+def spoil(run: Trainer, steps: range, row: int | None) -> list[str]:
+    """Make the denoising loss of one image (or the gradient alone) infinite at these steps; return the image's key."""
+    original = run._train_step
+    key = "" if row is None else run.parts.dataset.key(int(run.loader.indices(steps[0])[row]))
+    loss = run.parts.denoising.loss
+
+    def step(batch: Any) -> None:
+        bad = run.step in steps and run.passed == 0
+
+        def spoiled(output: torch.Tensor, *rest: Any) -> torch.Tensor:
+            values = loss(output, *rest)
+            if not bad:
+                return values
+            if row is None:  # finite, with an infinite slope
+                return values + (values - values.detach()).clamp(min=0).sqrt()
+            return values + torch.where(torch.arange(len(values)) == row, torch.inf, 0.0)
+
+        run.parts.denoising.loss = spoiled  # type: ignore[method-assign]
+        original(batch)
+
+    run._train_step = step  # type: ignore[method-assign]
+    return [key]
+
+
+def test_the_sentence_names_term_sample_step_and_checkpoint(make_config: Any, tmp_path: Path) -> None:
+    run = trainer(make_config(**STEPS), tmp_path / "run")
+    (key,) = spoil(run, range(7, 20), row=5)
+    with pytest.raises(NonFiniteError) as caught:
+        run.train()
+    sentence = str(caught.value)
+    assert "the denoising loss was not finite in the last 3 steps, first in step 8 on" in sentence
+    assert f"on '{key}';" in sentence
+    assert "last good checkpoint is step-00000006" in sentence
+    assert "--resume --rewind 56" in sentence
+
+
+def test_a_gradient_is_told_from_a_loss(make_config: Any, tmp_path: Path) -> None:
+    run = trainer(make_config(**STEPS), tmp_path / "run")
+    spoil(run, range(20), row=None)
+    with pytest.raises(
+        NonFiniteError, match=r"the gradient \(every loss was finite\) was .* on the batch of '.*; start"
+    ):
+        run.train()
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_whatever_its_gradient(make_config: Any, tmp_path: Path) -> None:
+    class Constant(Objective):
+        def loss(self, predict_clean: Any) -> torch.Tensor:
+            return torch.tensor(float("inf"))
+
+    config = make_config(train={"images": 16, "log_every": 8})
+    run = trainer(config, tmp_path / "run")
+    before = {name: value.clone() for name, value in run.parts.trunk.state_dict().items()}
+    run.module.objective = Constant()
+    run.train()
+    assert all(torch.equal(value, before[name]) for name, value in final(tmp_path / "run").items())
+    records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert [record["skipped"] for record in records] == [1, 2]
+
+
+def test_rewind_passes_over_the_data_and_repeats_to_the_bit(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(**STEPS)
+    read: dict[str, list[list[int]]] = {}
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        run = trainer(config, folder)
+        spoil(run, range(7, 20), row=5)
+        with pytest.raises(NonFiniteError):
+            run.train()
+        again = trainer(config, folder, resume=True, rewind=56)
+        assert (again.step, again.passed) == (6, 4)
+        read[name] = []
+        original = again._train_step
+
+        def note(batch: Any, name: str = name, original: Any = original) -> None:
+            read[name].append(batch.indices.tolist())
+            original(batch)
+
+        again._train_step = note  # type: ignore[method-assign]
+        assert again.train().status == "finished"
+    order = BatchOrder(90, 8, config.seed)
+    assert read["one"] == read["two"] == [order.indices(step).tolist() for step in range(10, 24)]
+    for name, value in final(tmp_path / "one").items():
+        assert torch.equal(value, final(tmp_path / "two")[name])
+
+
+def test_a_rewound_run_resumes_as_if_uninterrupted(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(**STEPS)
+    for name in ("whole", "stopped"):
+        trainer(config, tmp_path / name).train()
+    trainer(config, tmp_path / "whole", resume=True, rewind=50).train()
+    half = config.model_copy(update={"train": config.train.model_copy(update={"images": 88})})
+    trainer(half, tmp_path / "stopped", resume=True, rewind=50).train()
+    # A launcher repeats the command as it was.
+    resumed = trainer(config, tmp_path / "stopped", resume=True, rewind=50)
+    assert (resumed.step, resumed.passed) == (11, 14)
+    resumed.train()
+    for name, value in final(tmp_path / "whole").items():
+        assert torch.equal(value, final(tmp_path / "stopped")[name])
+    assert {step: state["passed"] for step, state in states(tmp_path / "whole").items()} == {
+        **dict.fromkeys((2, 4, 6), 0),
+        **dict.fromkeys((8, 10, 12, 14, 16, 18, 20), 14),
+    }
+
+
+def test_a_crash_after_the_decision_goes_on_with_it(
+    make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vrpo.training import trainer as trainer_module
+
+    config = make_config(**STEPS)
+    trainer(config, tmp_path / "run").train()
+
+    def crash(run: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer_module, "set_aside_rewound", crash)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(config, tmp_path / "run", resume=True, rewind=50)
+    monkeypatch.undo()
+    assert trainer(config, tmp_path / "run", resume=True).step == 6
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.is_dir())
+    assert kept[0] == "rewound-step-00000008"
+    assert kept[-1] == "step-00000006"
+
+
+def test_a_rewind_that_cannot_be_is_one_sentence(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(train={"images": 32, "checkpoint_every": 16})
+    with pytest.raises(CheckpointError, match="no checkpoint of at most 8 images"):
+        trainer(config, tmp_path / "run", resume=True, rewind=8)
+    trainer(config, tmp_path / "other").train()
+    with pytest.raises(CheckpointError, match=r"at most 8 images \(the oldest is of 16\)"):
+        trainer(config, tmp_path / "other", resume=True, rewind=8)
+    with pytest.raises(CheckpointError, match="nothing to rewind"):
+        trainer(config, tmp_path / "other", resume=True, rewind=32)
+    (tmp_path / "other" / rewind_module.FILE).write_text('{"rewinds": []}')
+    with pytest.raises(CheckpointError, match=r"rewinds.json is damaged \(it has no seal\)"):
+        trainer(config, tmp_path / "other", resume=True)
+
+
+def test_what_was_passed_over_adds_up() -> None:
+    rewinds = [Rewind(48, 6, 4), Rewind(96, 12, 9)]
+    assert [passed_at(rewinds, step) for step in (0, 5, 6, 11, 12, 99)] == [0, 0, 4, 4, 9, 9]
+    assert read_rewinds(Path("nowhere")) == []
