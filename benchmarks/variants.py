@@ -43,7 +43,9 @@ _TABLE = [
     Variant("irepa", "irepa", {}, "convolutional projector, spatially normalised targets, weight 1"),
     Variant("contrastive", "contrastive", {}, "InfoNCE against other images"),
     Variant("haste", "haste", {}, "REPA and attention alignment, ended at 40% of the budget"),
+    Variant("repi", "repi", {}, "REPA and a scaffold under a clock"),
     Variant("reg", "reg", {}, "REPA and a representation token"),
+    Variant("repi-reg", "repi", {"align.token.use": "True"}, "both"),
     Variant("vrpo", "vrpo", {}, "the method at its defaults"),
     _vrpo(
         "vrpo-as-repa",

@@ -24,7 +24,15 @@ import vrpo.commands.training
 from vrpo.alignment.objective import AlignmentBatch
 from vrpo.alignment.policy import Actions
 from vrpo.cli import COMMANDS
-from vrpo.config import AlignConfig, HasteConfig, ImageDistanceConfig, RunConfig, TokenConfig, VrpoConfig
+from vrpo.config import (
+    AlignConfig,
+    HasteConfig,
+    ImageDistanceConfig,
+    RunConfig,
+    ScaffoldConfig,
+    TokenConfig,
+    VrpoConfig,
+)
 from vrpo.config_load import build_config, load_preset, option_names
 
 ROOT = Path(__file__).parents[1]
@@ -161,7 +169,8 @@ def check_key(key: str) -> None:
 @pytest.mark.parametrize(
     ("heading", "model", "skipped"),
     [
-        ("align", AlignConfig, {"haste", "vrpo", "perceptual_image", "token"}),
+        ("align", AlignConfig, {"haste", "vrpo", "perceptual_image", "scaffold", "token"}),
+        ("align.scaffold", ScaffoldConfig, set()),
         ("align.token", TokenConfig, set()),
         ("align.haste", HasteConfig, set()),
         ("align.perceptual_image", ImageDistanceConfig, set()),

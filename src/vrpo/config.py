@@ -190,11 +190,30 @@ class TokenConfig(Section):
     weight: float = Field(0.03, ge=0, description="Weight of its velocity loss beside the image's.")
 
 
+class ScaffoldConfig(Section):
+    """A block that attends to the encoder's keys and values first and to its own later (REPI; docs/method.md)."""
+
+    supply: Literal["auto", "none", "clock", "advantage"] = Field(
+        "auto",
+        description="Until when the encoder supplies: clock, or while its advantage grows; auto: clock for repi.",
+    )
+    depth: int = Field(0, ge=0, description="The block, from 1; 0: half the alignment depth.")
+    steps: Count = Field(0, description="clock: optimiser steps until the block is on its own; 0: by share.")
+    share: float = Field(0.3, gt=0, le=1, description="clock: share of the budget until the block is on its own.")
+    weight: float = Field(2.0, ge=0, description="Weight of the internalisation loss.")
+    time_bins: int = Field(10, ge=1, description="advantage: bins of time that change hands one by one.")
+    fraction: float = Field(0.0625, gt=0, le=1, description="advantage: share of the images that try both suppliers.")
+    growth: float = Field(0.05, ge=0, description="advantage: growth beyond its best, as a share, that counts.")
+    patience: int = Field(3, ge=1, description="advantage: looks in a row without growth before a bin changes hands.")
+    earliest: float = Field(0.05, ge=0, le=1, description="advantage: share of the budget before which none does.")
+    latest: float = Field(0.5, gt=0, le=1, description="advantage: share of the budget after which all have.")
+
+
 class AlignConfig(Section):
     """The alignment objective: a side head, and what takes part in generation beside it."""
 
-    objective: Literal["none", "repa", "irepa", "contrastive", "haste", "vrpo", "reg"] = Field(
-        "repa", description="What is added to the denoising loss; reg: repa and a representation token."
+    objective: Literal["none", "repa", "irepa", "contrastive", "haste", "vrpo", "repi", "reg"] = Field(
+        "repa", description="What is added to denoising; repi: repa and a scaffold; reg: repa and a token."
     )
     weight: float = Field(0.5, ge=0, description="lambda, weight of the alignment term.")
     depth: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] = Field(
@@ -206,12 +225,20 @@ class AlignConfig(Section):
     haste: HasteConfig = HasteConfig()
     vrpo: VrpoConfig = VrpoConfig()
     perceptual_image: ImageDistanceConfig = ImageDistanceConfig()
+    scaffold: ScaffoldConfig = ScaffoldConfig()
     token: TokenConfig = TokenConfig()
 
     @property
     def side(self) -> str:
-        """The objective of the side head: that of reg is repa."""
-        return {"reg": "repa"}.get(self.objective, self.objective)
+        """The objective of the side head: that of repi and reg is repa."""
+        return {"repi": "repa", "reg": "repa"}.get(self.objective, self.objective)
+
+    @property
+    def supply(self) -> str:
+        """Who decides how long the encoder supplies keys and values: "none", "clock" or "advantage"."""
+        if self.scaffold.supply == "auto":
+            return "clock" if self.objective == "repi" else "none"
+        return self.scaffold.supply
 
     @property
     def uses_token(self) -> bool:
@@ -295,7 +322,7 @@ class RunConfig(Section):
     @property
     def encoders(self) -> tuple[EncoderConfig, ...]:
         """The encoders the objective needs: none for plain denoising."""
-        needed = self.align.side != "none" or self.align.uses_token
+        needed = self.align.side != "none" or self.align.uses_token or self.align.supply != "none"
         return (self.encoder, *self.more_encoders) if needed else ()
 
     def with_absolute_paths(self) -> RunConfig:

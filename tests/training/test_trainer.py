@@ -453,3 +453,26 @@ def test_a_cached_class_token_differs_by_rounding_alone(make_config: Any, tmp_pa
     for cache in (False, True):
         run(make_config(align={"objective": "reg"}, encoder={"cache": cache}), tmp_path / str(cache))
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-3)
+
+
+@pytest.mark.parametrize("supply", ["clock", "advantage"])
+def test_a_scaffolded_run_resumes_and_leaves_a_plain_transformer(supply: str, make_config: Any, tmp_path: Path) -> None:
+    scaffold = {"supply": supply, "fraction": 0.5, "latest": 0.5}
+    config = make_config(align={"objective": "repi", "scaffold": scaffold}, train={"checkpoint_every": 40})
+    run(config, tmp_path / "whole")
+
+    def interrupt(report: Any) -> None:
+        if report.images == 48:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert run(config, tmp_path / "parts", display=interrupt).status == "stopped"
+    run(config, tmp_path / "parts", resume=True)
+    plain = make_config(train={"images": 8})
+    run(plain, tmp_path / "plain")
+    assert weights(tmp_path / "whole").keys() == weights(tmp_path / "plain").keys()
+    for part in ("model", "ema", "optimizer"):
+        a, b = weights(tmp_path / "whole", part), weights(tmp_path / "parts", part)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    logged = records(tmp_path / "whole", "train")[-1]
+    assert set(logged["objective/scaffold_encoder"]) == {0.0}
+    assert all(images > 0 for images in logged["objective/scaffold_handed_at"])

@@ -340,6 +340,11 @@ def _configuration(objective: str | AlignConfig) -> AlignConfig:
             "align.token is one more token of the transformer, which a hook cannot add: set align.token.use False and "
             "another objective than reg, or train with `vrpo train`."
         )
+    if objective.supply != "none":
+        raise ConfigError(
+            "align.scaffold acts on keys and values inside a block, which a hook on its output cannot reach: set "
+            "align.scaffold.supply none and another objective than repi, or train with `vrpo train`."
+        )
     if objective.perceptual_image.kind != "none":
         raise ConfigError(
             "align.perceptual_image is a loss on the network's output, which Aligner does not see: add it to the loss "

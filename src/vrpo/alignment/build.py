@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import isqrt
 
 from vrpo.alignment.objective import Objective
+from vrpo.alignment.scaffold import WithScaffold
 from vrpo.alignment.static import Contrastive, Irepa, Repa
 from vrpo.alignment.token import WithToken
 from vrpo.config import AlignConfig
@@ -31,14 +32,17 @@ def build_objective(
     encoder_widths: Sequence[int],
     tokens: int,
     num_heads: int,
+    key_value_widths: tuple[int, int] = (0, 0),
 ) -> Objective:
     """Return the objective that ``config`` names, for a transformer of ``model_depth`` blocks.
 
     ``model_size`` is the size's letters (S, B, L, XL, Ti, N), ``encoder_widths`` the channels C_e of each
-    encoder, ``tokens`` the N of the trunk's grid. Raises ConfigError for blocks that the model does not have
+    encoder, ``tokens`` the N of the trunk's grid, ``key_value_widths`` the channels of the first encoder's keys
+    and values where a scaffold reads them. Raises ConfigError for blocks that the model does not have
     and for grids that the objective cannot use.
     """
-    if not encoder_widths and (config.side != "none" or config.uses_token):
+    supply = config.supply
+    if not encoder_widths and (config.side != "none" or config.uses_token or supply != "none"):
         raise ConfigError(
             f"align.objective '{config.objective}' needs an encoder: set encoder.name or align.objective none."
         )
@@ -51,7 +55,27 @@ def build_objective(
         tokens=tokens,
         num_heads=num_heads,
     )
+    if supply != "none":
+        depth = scaffold_depth(config, model_size, model_depth)
+        check_depths("align.scaffold.depth", (depth,), model_depth)
+        key_width, value_width = key_value_widths
+        objective = WithScaffold(
+            objective,
+            config.scaffold,
+            by_advantage=supply == "advantage",
+            depth=depth,
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            key_width=key_width,
+            value_width=value_width,
+        )
     return WithToken(objective, config.token) if config.uses_token else objective
+
+
+def scaffold_depth(config: AlignConfig, model_size: str, model_depth: int) -> int:
+    """Return the block, counted from 1, whose keys and values are supplied: by default half the alignment depth."""
+    aligned = min(config.depth or (default_depth(model_size, model_depth),))
+    return config.scaffold.depth or max(1, aligned // 2)
 
 
 def _build_side(

@@ -24,7 +24,7 @@ FREE_KEYS = (
 FREE_ENDINGS = ("_every", "encoder.weights")
 FREE_SECTIONS = ("sample.", "evaluate.")
 # Objectives in which nothing depends on how long the run will be.
-TIMELESS = ("none", "repa", "irepa", "contrastive", "reg")
+TIMELESS = ("none", "repa", "irepa", "contrastive")
 # Objectives that compare images of one forward pass with each other; for the others its size is a matter of memory.
 COMPARING = ("contrastive",)
 
@@ -55,9 +55,10 @@ def claim_folder(run: Path, config: RunConfig, resume: bool) -> None:
 
 
 def _is_free(key: str, config: RunConfig) -> bool:
-    objective = config.align.objective
+    align = config.align
     if key == "train.images":
-        return objective in TIMELESS and config.align.perceptual_image.kind == "none"
+        counted = align.supply == "none" or (align.supply == "clock" and align.scaffold.steps > 0)
+        return align.side in TIMELESS and counted and align.perceptual_image.kind == "none"
     if key == "train.micro_batch":
-        return objective not in COMPARING
+        return align.side not in COMPARING
     return key in FREE_KEYS or key.endswith(FREE_ENDINGS) or key.startswith(FREE_SECTIONS)

@@ -153,6 +153,7 @@ def build_parts(config: RunConfig, say: Say, progress: Any = None, world: World 
         tokens=trunk.num_tokens,
         flip=flip,
         class_token=config.align.uses_token,
+        keys_values=config.align.supply != "none",
         device=device,
         say=say,
         progress=progress,
@@ -170,6 +171,7 @@ def build_parts(config: RunConfig, say: Say, progress: Any = None, world: World 
         encoder_widths=targets.widths,
         tokens=trunk.num_tokens,
         num_heads=SIZES[size].num_heads,
+        key_value_widths=targets.key_value_widths,
     )
     objective = add_image_distance(
         objective,
