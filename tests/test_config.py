@@ -82,7 +82,7 @@ def test_written_configuration_reads_back_to_the_same(tmp_path: Path) -> None:
     ("words", "sentence"),
     [
         ("--align.weigth 1", "there is no option '--align.weigth': did you mean '--align.weight'?"),
-        ("--align.objective rep", "align.objective cannot be 'rep': did you mean 'repa'?"),
+        ("--align.objective rpa", "align.objective cannot be 'rpa': did you mean 'repa'?"),
         ("--align.weight -1", "align.weight cannot be '-1': it should be greater than or equal to 0."),
         ("--train.images lots", "write a count such as 50000, 50k or 2M."),
         ("--train.lr quick", "train.lr cannot be 'quick': it should be a valid number"),
