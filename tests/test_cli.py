@@ -153,7 +153,7 @@ def test_nothing_is_drawn_before_all_is_checked(
     class Undrawn:
         def __init__(self, *_: object) -> None: ...
 
-        def draw(self, *_: object) -> None:
+        def labels(self, *_: object) -> None:
             raise AssertionError("images were drawn first")
 
     monkeypatch.setattr("vrpo.sampling.RunSampler", Undrawn)
@@ -303,6 +303,16 @@ def check_other_evaluations(tmp_path: Path, data: str, encoder: str, capsys: pyt
     assert run([*parity, "precision=1", "fid=0"], capsys)[0] == 0
     code, out, _ = run([*parity, "precision=1", "fid=7"], capsys)
     assert (code, "differs" in out) == (1, True)
+    (checkpoint,) = (tmp_path / "repa" / "checkpoints").glob("step-*")
+    sampled, judge = tmp_path / "sampled.npz", ["--reference", data, "--features", encoder]
+    assert run(["sample", str(checkpoint), "--out", str(sampled), "--count", "16"], capsys)[0] == 0
+    results = []
+    for source in (checkpoint, sampled):
+        words = ["evaluate", str(source), *judge, "--samples", "16", "--out", str(tmp_path / "one.json")]
+        assert run(words, capsys)[0] == 0
+        results.append(json.loads((tmp_path / "one.json").read_text()))
+    assert results[0]["metrics"] == results[1]["metrics"], "drawn while scored, or read from a file"
+    assert results[0]["protocol"] == results[1]["protocol"], "the file says how it was drawn"
     for command in ("cknna", "probe"):
         looking = ["--times", "0.5", "1", "--depths", "1", "2", "--images", "24"]
         code, out, _ = run(["evaluate", command, runs[1], *looking], capsys)

@@ -197,6 +197,19 @@ def _is_inside(file: Path, folder: Path) -> bool:
     return file.is_file() and file.resolve().is_relative_to(folder.resolve())
 
 
+def open_checkpoint(path: Path) -> tuple[Run, Path]:
+    """Return a run and its checkpoint's folder; ``path`` is a run, for its newest one, or a checkpoint itself.
+
+    Raises:
+        DataError: there is no run.
+        CheckpointError: it has no checkpoint.
+    """
+    if (path / "state.json").is_file() and (path.parent.parent / "config.yaml").is_file():
+        return Run(path.parent.parent), path
+    run = Run(path)
+    return run, run.latest_checkpoint()
+
+
 def _parse_object(text: str | bytes) -> Record | None:
     try:
         value = parse_json(text)

@@ -23,6 +23,23 @@ class StubNetwork:
         return torch.nn.functional.adaptive_avg_pool2d(images.float(), 3).flatten(1)
 
 
+class StubInception(StubNetwork):
+    """The same with the name and the abilities of Inception."""
+
+    name = "inception"
+
+    def pooled_and_spatial(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.pooled(images), images[:, :, 0, :2].float().flatten(1)
+
+    def logits(self, pooled: Tensor) -> Tensor:
+        return pooled[:, :5] / 16
+
+
+@pytest.fixture
+def inception() -> StubInception:
+    return StubInception()
+
+
 @pytest.fixture
 def random() -> np.random.Generator:
     return np.random.default_rng(0)

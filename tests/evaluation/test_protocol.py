@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from vrpo.errors import EvaluationError
 from vrpo.evaluation.protocol import (
     FeaturesRecord,
     Protocol,
     ReferenceRecord,
     metric_label,
     network_label,
+    sampling_record,
 )
 
 PROTOCOL = Protocol(
@@ -101,3 +106,20 @@ def test_only_inception_gives_fid() -> None:
     assert metric_label("sfid", "inception-random") == "sFD-random Inception"
     assert metric_label("is", "inception-random") == "IS-random Inception"
     assert metric_label("recall", "mobilenetv2_100") == "Recall"
+
+
+def test_sampling_record_is_read_from_folder_and_npz(tmp_path: Path) -> None:
+    record = {"sampler": "sde", "steps": 250, "guidance_interval": [0.0, 0.7], "weights": "ema", "compute_batch": 8}
+    (tmp_path / "sampling.json").write_text(json.dumps(record))
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((1, 2, 2, 3), np.uint8), sampling=np.array(json.dumps(record)))
+    np.savez(tmp_path / "plain.npz", arr_0=np.zeros((1, 2, 2, 3), np.uint8))
+
+    for source in (tmp_path, tmp_path / "images.npz"):
+        fields = sampling_record(source)
+        assert fields == {"sampler": "sde", "steps": 250, "guidance_interval": (0.0, 0.7), "weights": "ema"}
+        assert replace(PROTOCOL, **fields).line().count("sde, 250 steps") == 1
+    assert sampling_record(tmp_path / "plain.npz") == {}
+    for text in ("{", '{"steps": "many"}', "[]"):
+        (tmp_path / "sampling.json").write_text(text)
+        with pytest.raises(EvaluationError, match=r"the sampling record of .* is damaged"):
+            sampling_record(tmp_path)

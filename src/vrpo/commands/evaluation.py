@@ -7,7 +7,9 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,9 +25,11 @@ from vrpo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from vrpo.evaluation.evaluate import EvaluationResult
     from vrpo.evaluation.features import FeatureNetwork
+    from vrpo.evaluation.images import ImageSet
     from vrpo.evaluation.reference import Reference
     from vrpo.sampling import RunSampler
 
@@ -64,7 +68,7 @@ class Evaluate:
     """Score images against reference images in a feature network, and print the protocol beside the numbers."""
 
     sources: Positional[tuple[Path, ...]]
-    """Runs, folders or zips of images, npz files (ADM layout), or prepared data sets."""
+    """Runs or their checkpoints, folders or zips of images, npz files (ADM layout), or prepared data sets."""
     reference: Path
     """Prepared data set, folder, zip or npz (ADM reference, or of `vrpo evaluate stats`) to score against."""
     judge: tyro.conf.OmitArgPrefixes[Judge]
@@ -99,8 +103,8 @@ def evaluate(words: list[str]) -> int:
     network = options.judge.load(device)
     metrics = chosen_metrics(options.metrics, network)
     # Everything that can be refused is asked for before any image is drawn, which may take hours.
-    subjects = [_Subject.open(source, options, device) for source in options.sources]
     _check_count(options.samples, metrics)
+    subjects = [_Subject.open(source, options, device) for source in options.sources]
     reference = load_reference(options.reference, network, progress=sys.stderr.isatty())
     check_reference(reference, metrics)
     results: dict[str, EvaluationResult] = {}
@@ -109,8 +113,8 @@ def evaluate(words: list[str]) -> int:
         result = subject.score(reference, network, metrics, options)
         results[str(subject.source)] = result
         records.append(result.record(source=str(subject.source), **subject.about))
-        if options.out is None and subject.run is not None:
-            out = subject.source / "evaluations" / _file_name(subject.run.loaded.step, options.judge.features, result)
+        if options.out is None and subject.run is not None and subject.folder is not None:
+            out = subject.folder / _file_name(subject.run.loaded.step, options.judge.features, result)
             result.save(out, **subject.about)
             print(f"Written: {out}")
     Console().print(results_table(results) if len(results) > 1 else next(iter(results.values())).table())
@@ -122,23 +126,29 @@ def evaluate(words: list[str]) -> int:
 
 @dataclass
 class _Subject:
-    """Something to score, opened."""
+    """Something to score, opened: images, or a run that draws them."""
 
     source: Path
-    run: RunSampler | None
-    about: dict[str, int]
+    run: RunSampler | None = None
+    folder: Path | None = None
 
     @classmethod
     def open(cls, source: Path, options: Evaluate, device: torch.device) -> _Subject:
         from vrpo.sampling import RunSampler
 
-        if not (source / "config.yaml").is_file():
-            return cls(source, None, {})
-        if options.out is None:
-            check_output(source / "evaluations", folder=True)
+        folder = next((path for path in (source, source.parent.parent) if (path / "config.yaml").is_file()), None)
+        if folder is None or (folder != source and not (source / "state.json").is_file()):
+            return cls(source)
         drawing = options.drawing
-        run = RunSampler(source, drawing.settings(), drawing.weights, device, drawing.compile)
-        return cls(source, run, {})
+        sampler = RunSampler(source, drawing.settings(), drawing.weights, device, drawing.compile)
+        if options.out is None:
+            check_output(folder / "evaluations", folder=True)
+        return cls(source, sampler, folder / "evaluations")
+
+    @property
+    def about(self) -> dict[str, int]:
+        """How far the run was trained."""
+        return {} if self.run is None else {"step": self.run.loaded.step, "images": self.run.loaded.images}
 
     def score(
         self, reference: Reference, network: FeatureNetwork, metrics: tuple[str, ...], options: Evaluate
@@ -146,27 +156,41 @@ class _Subject:
         from vrpo.display import TrainingDisplay
         from vrpo.evaluation.evaluate import evaluate_images
         from vrpo.evaluation.images import first_images, open_images
+        from vrpo.evaluation.protocol import sampling_record
 
-        drawing = options.drawing
-        images: Any
-        fields: dict[str, Any] = {}
         if self.run is None:
             images = open_images(self.source)
             if options.samples is not None:
                 images = first_images(images, options.samples)
-        else:
-            with TrainingDisplay() as display:
-                images, _ = self.run.draw(
-                    options.samples or SAMPLES,
-                    drawing.labels,
-                    drawing.seed,
-                    lambda done, total: display.progress("sampling", done, total),
-                )
+            return evaluate_images(
+                images,
+                reference,
+                network,
+                metrics=metrics,
+                protocol_fields=dict(sampling_record(self.source)),
+                progress=sys.stderr.isatty(),
+            )
+        drawing = options.drawing
+        with TrainingDisplay() as display:
+            drawn = _drawn(self.run, self.source.name, options.samples or SAMPLES, drawing, display.progress)
             fields = self.run.protocol(drawing.labels, drawing.seed)
-            self.about = {"step": self.run.loaded.step, "images": self.run.loaded.images}
-        return evaluate_images(
-            images, reference, network, metrics=metrics, protocol_fields=fields, progress=sys.stderr.isatty()
-        )
+            return evaluate_images(drawn, reference, network, metrics=metrics, protocol_fields=fields)
+
+
+def _drawn(
+    run: RunSampler, name: str, count: int, drawing: Drawing, progress: Callable[[str, int, int], None]
+) -> ImageSet:
+    """Return images that are drawn while they are scored: memory holds one batch of them."""
+    from vrpo.evaluation.images import ImageSet
+
+    labels = run.labels(count, drawing.labels, drawing.seed)
+
+    def batches(size: int) -> Iterator[Tensor]:
+        told = partial(progress, "sampling and scoring")
+        for batch in run.sampler.batches(range(count), labels, drawing.seed, lambda done: told(done, count)):
+            yield from batch.split(size)
+
+    return ImageSet(name, count, batches)
 
 
 def _check_reference_path(reference: Path) -> None:

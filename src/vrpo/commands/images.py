@@ -62,7 +62,7 @@ class Sample:
     """Draw images from a run; by several processes: torchrun --nproc-per-node N -m vrpo sample ..."""
 
     run: Positional[Path]
-    """Folder of the run."""
+    """Folder of the run, or of one of its checkpoints."""
     out: Path
     """A folder for PNG files, or a file: .npz (ADM layout) or .png (one grid)."""
     count: Annotated[Count, Field(gt=0)] = 64

@@ -52,6 +52,11 @@ class Looking:
 
         device = resolve_device(self.device)
         loaded = load_run(run, self.weights, device)
+        if loaded.network.token_width:
+            raise ConfigError(
+                f"{run} denoises the encoder's class token beside the image, which would tell its tokens the answer: "
+                "give a run without it."
+            )
         deepest = loaded.network.depth
         check_depths("--depths", self.depths or (), deepest)
         if self.out is not None:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from typing_extensions import TypedDict
+
+from vrpo.errors import EvaluationError
 
 if TYPE_CHECKING:
     from vrpo.evaluation.features import FeatureNetwork
 
 IMAGE_CONVERSION = "uint8: floor of clamp(127.5 x + 128, 0, 255)"
 INCEPTION = "inception"
+_MAX_RECORD = 1 << 20
 
 _METRIC_NAMES = {
     "fd": "FD",
@@ -148,6 +154,41 @@ class Protocol:
         if self.seed is not None:
             text += f", seed {self.seed}"
         return text
+
+
+class SamplingFields(TypedDict, total=False):
+    """The fields of a `Protocol` that say how images were drawn."""
+
+    sampler: str
+    steps: int
+    guidance_scale: float
+    guidance_interval: tuple[float, float]
+    label_policy: str
+    decoder: str
+    weights: Literal["ema", "raw"]
+    seed: int
+
+
+def sampling_record(source: Path) -> SamplingFields:
+    """Return what `vrpo sample` recorded beside its images; empty where there is nothing.
+
+    The record is ``sampling.json`` in a folder, and the array ``sampling`` in an ``.npz``. Raises EvaluationError
+    where it is damaged.
+    """
+    from pydantic import TypeAdapter
+
+    from vrpo.evaluation.npz import read_arrays
+    from vrpo.untrusted import parse_json, read_text
+
+    text = "{}"
+    try:
+        if (source / "sampling.json").is_file():
+            text = read_text(source / "sampling.json", _MAX_RECORD)
+        elif source.suffix == ".npz":
+            text = str(read_arrays(source, {"sampling": ()}).get("sampling", text))
+        return TypeAdapter(SamplingFields).validate_python(parse_json(text))
+    except ValueError as error:
+        raise EvaluationError(f"the sampling record of {source} is damaged: remove it, or sample again.") from error
 
 
 def network_label(name: str) -> str:

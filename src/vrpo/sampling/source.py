@@ -17,7 +17,7 @@ from vrpo.config_load import explain, validate
 from vrpo.errors import ConfigError
 from vrpo.files import load_into, load_tensors
 from vrpo.models.transformer import DiffusionTransformer
-from vrpo.runs import Run
+from vrpo.runs import open_checkpoint
 from vrpo.sampling.labels import LabelPolicy, sample_labels
 from vrpo.sampling.sampler import DTYPES, ImageSampler
 
@@ -35,15 +35,14 @@ class LoadedRun:
 
 
 def load_run(run: Path, weights: Literal["ema", "raw"], device: torch.device) -> LoadedRun:
-    """Load the newest checkpoint's network of a run.
+    """Load the network of a run's newest checkpoint, or of the checkpoint that ``run`` names itself.
 
     Raises:
         DataError: there is no run at that path.
         CheckpointError: it has no checkpoint, or one of another architecture.
     """
-    record = Run(run)
-    folder = record.latest_checkpoint()
-    config = validate(record.config, str(run / "config.yaml"))
+    record, folder = open_checkpoint(run)
+    config = validate(record.config, str(record.path / "config.yaml"))
     state = json.loads((folder / "state.json").read_text("utf-8"))
     network = DiffusionTransformer(**state["network"])
     part = folder / f"{'ema' if weights == 'ema' else 'model'}.safetensors"
