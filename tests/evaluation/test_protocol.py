@@ -66,6 +66,14 @@ def test_line_says_what_is_not_known() -> None:
     assert "bfloat16" in protocol.line()
 
 
+def test_the_small_evaluation_of_training_is_named() -> None:
+    record = PROTOCOL.to_dict()
+    assert "training" not in Protocol.from_dict(record).line()
+    small = Protocol.from_dict({**record, "occasion": "training"})
+    assert small.line().startswith(f"small evaluation during training of {PROTOCOL.sample_count:,} samples")
+    assert Protocol.from_dict(small.to_dict()) == small
+
+
 def test_unguided_sampling_names_no_interval() -> None:
     record = {**PROTOCOL.to_dict(), "guidance_scale": 1.0}
 

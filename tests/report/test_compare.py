@@ -117,6 +117,30 @@ def test_protocols_never_share_a_table(make_run: MakeRun, tmp_path: Path) -> Non
     assert all(any(value in table.split() for table in tables) for value in values)
 
 
+def test_small_evaluations_of_training_never_share_a_table_or_curve_with_full_ones(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    """Even where all else of the protocol is the same."""
+    runs = []
+    for objective in ("none", "repa"):
+        folder = make_run(objective, objective, samples=False, protocol={**PROTOCOL, "occasion": "training"})
+        last = Run(folder).metrics("evaluation")[-1]
+        full = {"step": last["step"], "metrics": {"fd": 12.5}, "protocol": PROTOCOL}
+        (folder / "evaluations").mkdir(exist_ok=True)
+        (folder / "evaluations" / "full.json").write_text(json.dumps(full))
+        runs.append(folder)
+    found = compare(runs, tmp_path / "r.html")
+    for group in found.groups:
+        lengths = {m.protocol.text: len(curve.images) for m, curve in group.curves[0].items() if m.metric == "fd"}
+        assert sorted(lengths.values()) == [1, 8]
+        small = [text for text in lengths if text.startswith("small evaluation during training of 2,000 samples")]
+        assert [lengths[text] for text in small] == [8]
+    for table in found.tables:
+        assert len({m.protocol for m in table.measures if not m.protocol.held_out}) == 1
+    assert len(found.tables) == 2
+    assert "small evaluation during training" in (tmp_path / "r.html").read_text()
+
+
 def test_held_out_losses_on_other_data_never_share_a_table(make_run: MakeRun, tmp_path: Path) -> None:
     runs = [
         make_run("none", "none", samples=False, evaluations=4),

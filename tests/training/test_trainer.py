@@ -21,6 +21,7 @@ from vrpo.config_load import to_yaml
 from vrpo.data.prepare import prepare
 from vrpo.data.sources import ArraySource
 from vrpo.errors import CheckpointError, ConfigError, EvaluationError
+from vrpo.evaluation.protocol import Protocol
 from vrpo.models.taps import Taps
 from vrpo.training import trainer as trainer_module
 from vrpo.training.trainer import NonFiniteError, Trainer, TrainResult
@@ -139,10 +140,41 @@ def test_observation_leaves_training_alone(make_config: Any, tmp_path: Path) -> 
     assert_same(tmp_path / "plain", tmp_path / "watched")
     evaluation = records(tmp_path / "watched", "evaluation")[-1]
     assert evaluation["protocol"]["sample_count"] == 12
+    assert (
+        Protocol.from_dict(evaluation["protocol"]).line().startswith("small evaluation during training of 12 samples")
+    )
     assert set(evaluation["metrics"]) == {"fd", "kid", "precision", "recall"}
     validation = records(tmp_path / "watched", "validation")
     assert validation[-1]["denoising"] < validation[0]["denoising"]
     assert -1 <= validation[-1]["alignment"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("sampling", "precision"),
+    [({"sampler": "ode-heun", "guidance_scale": 1.5}, "fp32"), ({"sampler": "sde", "compute_batch": 4}, "bf16")],
+)
+def test_the_loss_curve_is_the_same_to_the_bit_with_and_without_scoring_samples(
+    sampling: dict[str, Any], precision: str, make_config: Any, tmp_path: Path
+) -> None:
+    """And so is the state of the generator that everything else would draw from."""
+    curves, states = [], []
+    for every in (0, 16):
+        config = make_config(
+            align={"objective": "repa"},
+            train={"evaluate_every": every, "precision": precision},
+            sample=sampling,
+            evaluate={"features": "resnet10t", "weights": "random", "input_size": 32, "samples": 6},
+        )
+        folder = tmp_path / str(every)
+        torch.manual_seed(5)
+        run(config, folder)
+        assert len(records(folder, "evaluation")) == (6 if every else 0)
+        wanted = ("step", "loss", "denoising", "denoising_by_time", "alignment", "grad_norm", "lr", "skipped")
+        curves.append([{name: record[name] for name in wanted} for record in records(folder, "train")])
+        states.append(torch.get_rng_state())
+    assert len(curves[0]) == 6
+    assert curves[0] == curves[1]
+    assert torch.equal(*states)
 
 
 def test_micro_batches_sum_to_the_step(make_config: Any, tmp_path: Path) -> None:

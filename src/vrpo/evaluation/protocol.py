@@ -77,7 +77,8 @@ class FeaturesRecord:
 class Protocol:
     """What to state beside every metric; None where images came without a record of how they were sampled.
 
-    ``kid``, ``manifold`` and ``inception_score`` hold the settings of those metrics where they were computed.
+    ``occasion`` is "training" for the small evaluation that a run makes of itself, which is no row of a table of full
+    ones. ``kid``, ``manifold`` and ``inception_score`` hold the settings of those metrics where they were computed.
     """
 
     sample_count: int
@@ -91,6 +92,7 @@ class Protocol:
     decoder: str | None = None
     weights: Literal["ema", "raw"] | None = None
     seed: int | None = None
+    occasion: Literal["training"] | None = None
     image_conversion: str = IMAGE_CONVERSION
     kid: Mapping[str, int] = field(default_factory=dict)
     manifold: Mapping[str, int] = field(default_factory=dict)
@@ -118,8 +120,9 @@ class Protocol:
         reference, features = self.reference, self.features
         size = "moments as given" if reference.count is None else f"{reference.count:,} images"
         precision = "" if features.precision == "float32" else f", {features.precision}"
+        small = "small evaluation during training of " if self.occasion == "training" else ""
         parts = [
-            f"{self.sample_count:,} samples",
+            f"{small}{self.sample_count:,} samples",
             self._sampling(),
             f"reference {reference.name} ({size}, {reference.fingerprint[:12]})",
             f"features {features.name} ({features.architecture}) at {features.input_size} px, "

@@ -65,6 +65,7 @@ class Scorer:
                 "label_policy": config.evaluate.labels if self._num_classes else "unconditional",
                 "weights": "ema",
                 "seed": config.seed,
+                "occasion": "training",
             },
         )
         return {"metrics": result.metrics, "protocol": result.protocol}
