@@ -296,7 +296,42 @@ def test_guidance_interval_includes_its_ends_and_nothing_else(
     )
     seen = [t for t, labels in zip(network.times, network.labels, strict=True) if len(labels) == 4]
     assert seen == pytest.approx(guided_times, abs=1e-6)
-    assert {len(labels) for labels in network.labels} <= {2, 4}
+    # Inside, both halves in one batch; outside, the conditional one alone.
+    assert {tuple(labels.tolist()) for labels in network.labels} <= {(0, 1), (0, 1, 9, 9)}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "interval", "guided"),
+    [
+        ("ddpm", (111, 555), [555, 444, 333, 222, 111]),
+        ("ddpm", (112, 554), [444, 333, 222]),
+        ("ddim", (100, 500), [500, 400, 300, 200, 100]),
+        ("ddim", (101, 499), [400, 300, 200]),
+    ],
+)
+def test_a_dits_guidance_interval_includes_its_ends(sampler: str, interval: tuple[int, int], guided: list[int]) -> None:
+    calls: list[tuple[int, list[int]]] = []
+
+    def network(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        assert labels is not None
+        calls.append((int(t[0]), labels.tolist()))
+        return torch.cat([x, x], dim=1)
+
+    source = SampleNoise(0, range(2), (1, 2, 2))
+    sample_dit(
+        network,
+        source.initial(),
+        torch.tensor([0, 1]),
+        sampler=sampler,
+        steps=10,
+        guidance_scale=2.0,
+        guidance_interval=(interval[0] / 999, interval[1] / 999),
+        null_label=9,
+        noise_source=source,
+    )
+    assert [t for t, labels in calls if labels == [0, 1, 9, 9]] == guided
+    assert all(labels == [0, 1] for t, labels in calls if t not in guided)
+    assert len(calls) == 10
 
 
 @pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
