@@ -78,6 +78,8 @@ class DataConfig(Section):
     conditional: bool = Field(True, description="Train with class labels; False ignores them.")
     verify: bool = Field(True, description="Compare every byte with its hash before training.")
     prefetch: int = Field(4, ge=1, description="Batches prepared ahead of the trainer.")
+    image_size: int | None = Field(None, ge=1, description="Side that the images must have; None: any.")
+    latent_size: int | None = Field(None, ge=1, description="Side that the latents must have; None: any, or pixels.")
 
 
 class ModelConfig(Section):
@@ -288,6 +290,8 @@ class SampleConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(
         None, description="Autocast precision of sampling; None: train.precision."
     )
+    decoder: str | None = Field(None, description="Where the autoencoder of the latents lies; None: as in the data.")
+    any_decoder: bool = Field(False, description="Decode with that autoencoder even if it made other latents.")
 
 
 class EvaluateConfig(Section):
@@ -333,6 +337,9 @@ class RunConfig(Section):
             "linear_weights": _absolute_weights(image.linear_weights),
             "network": _absolute_network(image.network) if image.kind == "encoder" else image.network,
         }
+        decoder = self.sample.decoder
+        if decoder is not None and Path(decoder).expanduser().is_dir():
+            decoder = str(Path(decoder).expanduser().absolute())
         align = self.align.model_copy(update={"perceptual_image": image.model_copy(update=image_paths)})
         return self.model_copy(
             update={
@@ -345,6 +352,7 @@ class RunConfig(Section):
                 "encoder": _absolute_encoder(self.encoder),
                 "more_encoders": tuple(_absolute_encoder(encoder) for encoder in self.more_encoders),
                 "align": align,
+                "sample": self.sample.model_copy(update={"decoder": decoder}),
                 "evaluate": evaluate.model_copy(
                     update={
                         "features": _absolute_network(evaluate.features),

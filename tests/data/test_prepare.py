@@ -20,7 +20,8 @@ from pictures import encode, noise_image
 from PIL import Image
 
 import vrpo.data.shards as shards
-from vrpo.data.prepare import JOURNAL, prepare
+from vrpo.data.journal import JOURNAL
+from vrpo.data.prepare import prepare
 from vrpo.data.shards import ShardedDataset, verify_dataset
 from vrpo.data.sources import ArraySource
 from vrpo.data.transforms import decode

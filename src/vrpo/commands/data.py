@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 from tyro.conf import Positional
@@ -14,25 +15,40 @@ from vrpo.commands.parse import parse
 from vrpo.config import Count, Positive, Seed
 from vrpo.untrusted import printable
 
+if TYPE_CHECKING:
+    import torch
+
 
 @dataclass
 class Prepare:
-    """Turn images (a folder, one sub-folder a class or flat, or a zip of the same) into a data set."""
+    """Turn images, and on request their latents, into a data set. docs/data.md lists the layouts that are read."""
 
     source: Positional[Path]
-    """Folder or zip of images."""
+    """Folder or zip of images, or another layout."""
     out: Positional[Path]
     """Folder to write."""
     size: Positive
     """Side in pixels after the centre crop."""
     flip: bool = False
-    """Mirror at random in training."""
+    """Mirror at random in training; latents of mirror images are stored too."""
+    latents: str | None = None
+    """Autoencoder whose latents are stored: sd-vae-ft-ema, sd-vae-ft-mse, taesd, a hub id, or a local folder."""
+    keep_pixels: bool = True
+    """Keep the pixels beside the latents; an encoder that runs in training needs them."""
+    normalise: Literal["autoencoder", "channels"] | None = None
+    """Scale latents as the autoencoder says, or each channel to unit variance; default what is usual."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the autoencoder; latents are stored in fp16."""
+    batch_size: Positive = 16
+    """Images that the autoencoder takes at once."""
+    device: str = "auto"
+    """Where the autoencoder runs: auto, cpu or cuda."""
     on_bad_image: Literal["skip", "fail"] = "skip"
     """What to do with a file that cannot be read."""
     workers: Positive | None = None
     """Decoding processes; default one a core."""
     shard_mb: Positive = 256
-    """Largest size of one shard, in MiB of pixels."""
+    """Largest size of one shard, in MiB of pixels and latents."""
     max_pixels: Annotated[Count, Field(gt=0)] = 178_000_000
     """Largest image that is decoded, in pixels."""
 
@@ -41,13 +57,23 @@ def prepare(words: list[str]) -> int:
     """Prepare a data set."""
     options, _ = parse(Prepare, words, "prepare")
 
+    from vrpo.data.latents import LatentOptions
     from vrpo.data.prepare import prepare as run_prepare
 
+    latents = LatentOptions(
+        autoencoder=options.latents,
+        keep_pixels=options.keep_pixels,
+        normalise=options.normalise,
+        precision=options.precision,
+        device="cpu" if options.latents is None else _device(options.device),
+        batch_size=options.batch_size,
+    )
     result = run_prepare(
         options.source,
         options.out,
         size=options.size,
         flip=options.flip,
+        latents=latents,
         on_bad_image=options.on_bad_image,
         workers=options.workers,
         shard_bytes=options.shard_mb * 2**20,
@@ -55,6 +81,18 @@ def prepare(words: list[str]) -> int:
     )
     print(printable(result.summary()))
     return 0
+
+
+def _device(name: str) -> torch.device:
+    """Return the device of this process; under torchrun each has a GPU of its own."""
+    import torch
+
+    from vrpo.training.setup import resolve_device
+
+    local = os.environ.get("LOCAL_RANK")
+    if name == "auto" and local is not None and torch.cuda.is_available():
+        name = f"cuda:{int(local) % torch.cuda.device_count()}"
+    return resolve_device(name)
 
 
 @dataclass
@@ -76,6 +114,15 @@ def data_info(words: list[str]) -> int:
     classes = f"{len(manifest.class_names)} classes" if manifest.class_names else "no labels"
     print(f"{counts.images:,} images of {done.size} x {done.size}, {classes}, from {printable(manifest.source.name)}")
     print(f"crop {done.crop}, resample {done.resample}, flip {done.flip}; fingerprint {manifest.fingerprint}")
+    latents = manifest.latents
+    if latents is not None:
+        kind = "mean and standard deviation" if latents.posterior else "one value"
+        made = "an unknown autoencoder" if latents.autoencoder is None else f"'{latents.autoencoder}'"
+        weights = "" if latents.weights is None else f" ({latents.weights[:12]})"
+        print(
+            f"latents {latents.channels} x {latents.size} x {latents.size} ({kind}, fp16) of {made}{weights}, "
+            f"scaled by {latents.normalisation}; pixels {'kept' if latents.pixels else 'not kept'}"
+        )
     print(f"unreadable {counts.bad:,}, scaled up {counts.upscaled:,}, passed over {counts.ignored:,}")
     for name, count in zip(manifest.class_names, manifest.class_counts, strict=True):
         print(f"  {printable(name)}: {count:,}")

@@ -50,11 +50,16 @@ class Drawing:
     """Sample i of a seed is one image, however many are drawn."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    decoder: str | None = None
+    """Where the autoencoder of the latents lies; default as recorded."""
+    any_decoder: bool = False
+    """Decode with it even if it is not the one that made the latents."""
 
     def settings(self) -> dict[str, Any]:
         """Return what was given, by the names of `SampleConfig`."""
         names = ("sampler", "steps", "guidance_scale", "guidance_interval", "batch_size", "compute_batch", "precision")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in (*names, "decoder") if getattr(self, name) is not None}
+        return given | ({"any_decoder": True} if self.any_decoder else {})
 
 
 @dataclass

@@ -37,19 +37,30 @@ class Dataset(Protocol):
         """Return pixels uint8 (B, C, H, W) and labels int64 (B,) or None."""
 
 
+class LatentRows(Protocol):
+    """A data set that stores latents."""
+
+    def read_latents(self, indices: NDArray[np.int64], flipped: NDArray[np.bool_] | None = None) -> Tensor:
+        """Return latents float16 (B, C, h, w), those of the mirror image where ``flipped`` (B,)."""
+
+    def labels(self) -> NDArray[np.int64] | None:
+        """Return all labels int64 (N,) or None."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """The samples of one step on one rank.
 
-    Rows ``indices`` int64 (B,), ``pixels`` uint8 (B, C, H, W), ``labels`` int64 (B,) or None, and ``flipped``
-    bool (B,), true where the pixels have been mirrored.
+    Rows ``indices`` int64 (B,), ``pixels`` uint8 (B, C, H, W) or None where they are not read, ``labels`` int64 (B,) or
+    None, ``flipped`` bool (B,), true where the sample is mirrored, and stored ``latents`` float16 (B, C, h, w) or None.
     """
 
     step: int
     indices: NDArray[np.int64]
-    pixels: Tensor
+    pixels: Tensor | None
     labels: Tensor | None
     flipped: Tensor
+    latents: Tensor | None = None
 
 
 class BatchOrder:
@@ -104,7 +115,8 @@ class Loader:
 
     ``batch_size`` is global; rank r takes rows r B/W .. (r + 1) B/W - 1 of each batch. ``flip`` mirrors
     samples at random, each with probability one half. ``wait_seconds`` is the time that consumers have waited
-    for data so far. Raises ConfigError where the batch cannot be divided among the ranks.
+    for data so far. With ``latents`` those are read too, and without ``pixels`` only they are. Raises ConfigError
+    where the batch cannot be divided among the ranks.
     """
 
     def __init__(
@@ -117,6 +129,8 @@ class Loader:
         world_size: int = 1,
         prefetch: int = 4,
         pin_memory: bool = False,
+        latents: LatentRows | None = None,
+        pixels: bool = True,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             below = max(world_size, batch_size // world_size * world_size)
@@ -128,6 +142,8 @@ class Loader:
         self.flip = flip
         self.prefetch = prefetch
         self.pin_memory = pin_memory
+        self.latents = latents
+        self.pixels = pixels
         self.wait_seconds = 0.0
         share = batch_size // world_size
         self._share = slice(rank * share, (rank + 1) * share)
@@ -141,16 +157,25 @@ class Loader:
         import torch
 
         indices = self.indices(step)
-        pixels, labels = self.dataset.read(indices)
-        if self.flip:
-            flipped = torch.from_numpy(self.order.flips(step)[self._share])
-            pixels = mirror(pixels, flipped)
-        else:
-            flipped = torch.zeros(len(indices), dtype=torch.bool)
+        flips = self.order.flips(step)[self._share] if self.flip else np.zeros(len(indices), dtype=bool)
+        flipped = torch.from_numpy(flips)
+        pixels: Tensor | None = None
+        latents: Tensor | None = None
+        labels: Tensor | None = None
+        if self.latents is not None:
+            latents = self.latents.read_latents(indices, flips)
+            known = self.latents.labels()
+            labels = None if known is None else torch.from_numpy(known[indices])
+        if self.pixels:
+            pixels, labels = self.dataset.read(indices)
+            if self.flip:
+                pixels = mirror(pixels, flipped)
         if self.pin_memory:
-            pixels, flipped = pixels.pin_memory(), flipped.pin_memory()
-            labels = None if labels is None else labels.pin_memory()
-        return Batch(step, indices, pixels, labels, flipped)
+            pixels, labels, latents = (
+                None if part is None else part.pin_memory() for part in (pixels, labels, latents)
+            )
+            flipped = flipped.pin_memory()
+        return Batch(step, indices, pixels, labels, flipped, latents)
 
     def batches(self, start_step: int, stop_step: int | None = None) -> Generator[Batch, None, None]:
         """Yield the batches from ``start_step`` up to but without ``stop_step``, or without end where None.

@@ -1,15 +1,14 @@
 """From a source of images to shards: parallel, in deterministic order, and resumable at shard boundaries.
 
 Shard s holds the readable images among entries s R .. (s + 1) R - 1 of the source, so its bytes depend
-neither on the number of workers nor on where an earlier run was interrupted. Finished shards are noted in
-``progress.jsonl``, which gives way to the manifest when the last one is written.
+neither on the number of workers or processes nor on where an earlier run was interrupted. Finished shards are noted
+in a journal, which gives way to the manifest when the last one is written. Of several processes, number r makes the
+shards s with s mod W = r.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,27 +17,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-from pydantic import ValidationError
-
-from vrpo.data.shards import (
-    FORMAT_VERSION,
+from vrpo.data.journal import (
+    Finished,
+    Request,
+    append,
+    begin_journal,
+    disk_errors,
+    read_journals,
+    remove_journals,
+)
+from vrpo.data.latents import LatentOptions, LatentPlan, moments, plan_latents, rows_of
+from vrpo.data.manifest import (
     MANIFEST,
     BadImage,
-    Count,
     Counts,
     Manifest,
-    Positive,
+    Normaliser,
     Preprocessing,
-    Record,
-    ShardedDataset,
-    ShardRecord,
     SourceRecord,
     fingerprint,
-    write_atomically,
-    write_shard,
+    format_version,
 )
+from vrpo.data.ranks import Ranks, join_ranks
+from vrpo.data.shards import Rows, ShardedDataset, write_atomically, write_shard
 from vrpo.data.sources import Entry, Source, open_source
 from vrpo.data.transforms import MAX_PIXELS
 from vrpo.data.workers import Decoded, decode_in_order, worker_count
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
 SHARD_BYTES = 256 << 20
 # One image of this side is 48 MiB of pixels, of which a worker, a shard and a batch can still hold some.
 MAX_SIZE = 4096
-JOURNAL = "progress.jsonl"
 
 _TASK_IMAGES = 256
 _TASK_BYTES = 16 << 20
@@ -79,8 +79,10 @@ class PrepareResult:
             classes = len(self.manifest.class_names)
             labels = f"{classes} classes" if classes else "no labels"
             rate = self.images_decoded / max(self.seconds, 1e-9)
+            latents = self.manifest.latents
+            grid = "" if latents is None else f" as latents {latents.channels} x {latents.size} x {latents.size}"
             lines = [
-                f"{counts.images:,} images of {size} x {size} ({labels}) in '{self.path}', "
+                f"{counts.images:,} images of {size} x {size}{grid} ({labels}) in '{self.path}', "
                 f"{self.seconds:.1f} s, {rate:,.0f} images/s."
             ]
         if self.resumed_shards:
@@ -101,6 +103,7 @@ def prepare(
     *,
     size: int,
     flip: bool = False,
+    latents: LatentOptions | None = None,
     on_bad_image: Literal["skip", "fail"] = "skip",
     workers: int | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -108,15 +111,16 @@ def prepare(
     progress: bool | Progress = True,
     console: Console | None = None,
 ) -> PrepareResult:
-    """Write every image of ``source`` as uint8 (3, size, size) to shards in folder ``out``.
+    """Write every image of ``source`` as uint8 (3, size, size), as latents, or as both, to shards in folder ``out``.
 
-    A shard holds at most ``shard_bytes`` of pixels. ``flip`` tells readers to mirror at random. ``workers``
-    processes decode (default: one per core; 1 decodes in this process). ``progress`` is a bar on ``console``,
-    or a function of images done and in all. An interrupted call is continued by the same call, and a finished
-    one does nothing.
+    A shard holds at most ``shard_bytes`` of rows. ``flip`` tells readers to mirror at random; latents of mirror images
+    are then stored too. ``workers`` processes decode (default: one per core; 1 decodes in this process). ``progress``
+    is a bar on ``console``, or a function of images done and in all. An interrupted call is continued by the same
+    call, and a finished one does nothing. Under ``torchrun`` the processes share the shards.
 
     Raises DataError where the source holds nothing readable, where ``out`` holds anything else, at the first
-    unreadable image with ``on_bad_image="fail"``, and where the disk is full; finished shards stay valid.
+    unreadable image with ``on_bad_image="fail"``, and where the disk is full; finished shards stay valid. Raises
+    ConfigError and CheckpointError for an autoencoder that cannot be used.
     """
     started = time.perf_counter()
     for option, value in (("--size", size), ("--max-pixels", max_pixels), ("--shard-mb", shard_bytes)):
@@ -126,109 +130,109 @@ def prepare(
         raise ConfigError(f"--size {size} is more than can be prepared: give at most {MAX_SIZE:,} pixels.")
     opened = source if isinstance(source, Source) else open_source(source)
     folder = Path(out).expanduser()
-    if opened.kind == "folder" and folder.resolve().is_relative_to(opened.path):
+    if opened.path.is_dir() and folder.resolve().is_relative_to(opened.path):
         raise DataError(f"'{folder}' lies inside the source '{opened.path}': choose a folder outside it.")
-    request = _Request(
+    plan = plan_latents(opened, latents or LatentOptions(), size=size, flip=flip, max_pixels=max_pixels)
+    request = Request(
+        version=format_version(plan.record),
         source=SourceRecord(name=opened.name, kind=opened.kind, listing=_listing(opened)),
         preprocessing=Preprocessing(size=size, flip="random" if flip else "none", max_pixels=max_pixels),
-        rows_per_shard=max(1, shard_bytes // (3 * size * size)),
+        latents=plan.record,
+        rows_per_shard=max(1, shard_bytes // plan.row_bytes),
     )
     if (folder / MANIFEST).exists():
         manifest = ShardedDataset(folder).manifest
-        request.refuse_other(folder, _Request.of(manifest))
+        request.refuse_other(folder, Request.of(manifest))
         _refuse_bad(manifest.bad, on_bad_image)
-        (folder / JOURNAL).unlink(missing_ok=True)
+        remove_journals(folder)
         return PrepareResult(folder, manifest, time.perf_counter() - started, 0, 0, True)
+    with join_ranks() as ranks:
+        return _prepare(
+            opened, folder, request, plan, ranks, on_bad_image, workers, _Reporting(progress, console), started
+        )
 
-    with _disk_errors(folder):
-        finished = _open_journal(folder, request)
-    for earlier in finished:
+
+@dataclass(frozen=True)
+class _Reporting:
+    progress: bool | Progress
+    console: Console | None
+
+
+def _prepare(
+    source: Source,
+    folder: Path,
+    request: Request,
+    plan: LatentPlan,
+    ranks: Ranks,
+    on_bad_image: str,
+    workers: int | None,
+    reporting: _Reporting,
+    started: float,
+) -> PrepareResult:
+    with disk_errors(folder):
+        if ranks.rank == 0:
+            begin_journal(folder, request)
+        ranks.barrier()
+        finished = read_journals(folder, request)
+    for earlier in finished.values():
         _refuse_bad(earlier.bad, on_bad_image)
-    resumed, rows = len(finished), request.rows_per_shard
-    total = len(opened.entries)
-    remaining = opened.entries[resumed * rows :]
-    tasks = list(_tasks(remaining, rows, size))
-    decoded = decode_in_order(opened.opener, tasks, size, max_pixels, worker_count(workers, remaining))
-    done = total - len(remaining)
-    with _reporter(progress, console, opened.name, total, done) as report, closing(decoded):
-        shard = _Shard(len(opened.class_names))
-        for task, result in zip(tasks, decoded, strict=True):
+    total, rows, resumed = len(source.entries), request.rows_per_shard, len(finished)
+    mine = [shard for shard in range(-(-total // rows)) if shard % ranks.size == ranks.rank and shard not in finished]
+    parts = [source.entries[shard * rows : (shard + 1) * rows] for shard in mine]
+    remaining = [entry for part in parts for entry in part]
+    tasks = [(shard, task) for shard, part in zip(mine, parts, strict=True) for task in _tasks(part, plan.task_bytes)]
+    decoded = decode_in_order(source.opener, [task for _, task in tasks], plan.work, worker_count(workers, remaining))
+    done, share = 0, len(remaining)
+    if ranks.size == 1:
+        done, share = total - len(remaining), total
+    with _reporter(reporting, source.name, share, done) as report, closing(decoded):
+        shard = _Shard(len(source.class_names), plan)
+        for (index, task), result in zip(tasks, decoded, strict=True):
             shard.add(task, result)
             _refuse_bad(shard.bad, on_bad_image)
             done += len(task)
-            if done % rows == 0 or done == total:
-                with _disk_errors(folder):
-                    finished.append(shard.write(folder, len(finished)))
-                    _append_to_journal(folder, finished[-1])
-                shard = _Shard(len(opened.class_names))
-            report(done, total)
-    manifest = _manifest(opened, request, finished)
-    with _disk_errors(folder):
-        write_atomically(folder / MANIFEST, [manifest.to_json().encode()])
-        (folder / JOURNAL).unlink()
+            if shard.entries == min(rows, total - index * rows):
+                with disk_errors(folder):
+                    finished[index] = shard.write(folder, index)
+                    append(folder, ranks.rank, request, finished[index])
+                shard = _Shard(len(source.class_names), plan)
+            report(done, share)
+    ranks.barrier()
+    with disk_errors(folder):
+        if ranks.rank == 0:
+            told = list(read_journals(folder, request).values()) if ranks.size > 1 else _in_order(finished)
+            write_atomically(folder / MANIFEST, [_manifest(source, request, plan, told).to_json().encode()])
+            remove_journals(folder)
+        ranks.barrier()
+        manifest = ShardedDataset(folder).manifest
     return PrepareResult(folder, manifest, time.perf_counter() - started, len(remaining), resumed, False)
 
 
-class _Request(Record):
-    """What must be equal for a call to continue, or to find done, what an earlier call began."""
-
-    version: int = FORMAT_VERSION
-    source: SourceRecord
-    preprocessing: Preprocessing
-    rows_per_shard: Positive
-
-    @staticmethod
-    def of(manifest: Manifest) -> _Request:
-        return _Request(
-            source=manifest.source,
-            preprocessing=manifest.preprocessing,
-            rows_per_shard=manifest.rows_per_shard,
-        )
-
-    def refuse_other(self, folder: Path, other: _Request) -> None:
-        if self == other:
-            return
-        if (self.source.name, self.source.kind) != (other.source.name, other.source.kind):
-            held = f"data from '{other.source.name}', not '{self.source.name}'"
-        elif self.source != other.source:
-            held = f"data from '{other.source.name}' before its files changed"
-        elif self.preprocessing != other.preprocessing:
-            mine, theirs = self.preprocessing.model_dump(), other.preprocessing.model_dump()
-            name = next(name for name in mine if mine[name] != theirs[name])
-            held = f"data prepared with {name} {theirs[name]}, not {mine[name]}"
-        else:
-            held = f"shards of {other.rows_per_shard} images, not {self.rows_per_shard}"
-        raise DataError(f"'{folder}' holds {held}: choose another folder, or delete this one.")
-
-
-class _Finished(Record):
-    """A line of the journal: what became of the entries of one shard, None where none was readable."""
-
-    shard: ShardRecord | None
-    bad: tuple[BadImage, ...]
-    upscaled: tuple[str, ...]
-    upscaled_count: Count
-    class_counts: tuple[Count, ...]
+def _in_order(finished: dict[int, Finished]) -> list[Finished]:
+    return [finished[index] for index in sorted(finished)]
 
 
 class _Shard:
     """The rows of the shard being decoded."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, plan: LatentPlan) -> None:
         self.class_counts = [0] * num_classes
-        self.blocks: list[NDArray[np.uint8]] = []
+        self.plan = plan
+        self.entries = 0
+        self.blocks: list[Rows] = []
         self.kept: list[Entry] = []
         self.bad: list[BadImage] = []
         self.upscaled: list[str] = []
 
-    def add(self, entries: list[Entry], result: Decoded) -> None:
+    def add(self, entries: Sequence[Entry], result: Decoded) -> None:
+        self.entries += len(entries)
         if result.kept:
-            self.blocks.append(result.pixels)
+            self.blocks.append(rows_of(result, self.plan.maker, self.plan.keep_pixels))
         self.kept += [entries[i] for i in result.kept]
         self.bad += [BadImage(key=entries[i].key, reason=reason) for i, reason in result.bad]
         self.upscaled += [entries[i].key for i in result.upscaled]
 
-    def write(self, folder: Path, index: int) -> _Finished:
+    def write(self, folder: Path, index: int) -> Finished:
         labels = [entry.label for entry in self.kept if entry.label is not None]
         for label in labels:
             self.class_counts[label] += 1
@@ -236,22 +240,23 @@ class _Shard:
         record = None
         if keys:
             record = write_shard(folder, index, self.blocks, labels if self.class_counts else None, keys)
-        return _Finished(
+        latents = self.plan.record
+        return Finished(
+            index=index,
             shard=record,
             bad=tuple(self.bad),
             upscaled=tuple(self.upscaled[:_NAMED_UPSCALED]),
             upscaled_count=len(self.upscaled),
             class_counts=tuple(self.class_counts),
+            moments=None if latents is None or not keys else moments(self.blocks, latents.posterior),
         )
 
 
-def _tasks(entries: Sequence[Entry], rows: int, size: int) -> Iterator[list[Entry]]:
-    """Cut entries into tasks of bounded size that do not cross shards."""
-    step = max(1, min(_TASK_IMAGES, _TASK_BYTES // (3 * size * size)))
-    for shard in range(0, len(entries), rows):
-        end = min(shard + rows, len(entries))
-        for start in range(shard, end, step):
-            yield list(entries[start : min(start + step, end)])
+def _tasks(entries: Sequence[Entry], image_bytes: int) -> Iterator[list[Entry]]:
+    """Cut the entries of a shard into tasks of bounded size."""
+    step = max(1, min(_TASK_IMAGES, _TASK_BYTES // image_bytes))
+    for start in range(0, len(entries), step):
+        yield list(entries[start : start + step])
 
 
 def _listing(source: Source) -> str:
@@ -262,53 +267,7 @@ def _listing(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _open_journal(folder: Path, request: _Request) -> list[_Finished]:
-    """Make the folder and its journal ready, and return the shards that an interrupted call finished."""
-    file = folder / JOURNAL
-    finished: list[_Finished] = []
-    if file.exists():
-        header, *lines = file.read_bytes().split(b"\n")
-        try:
-            version = json.loads(header)["version"]
-            begun = _Request.model_validate_json(header) if version == FORMAT_VERSION else None
-        except (ValueError, KeyError, TypeError) as error:  # a ValidationError is a ValueError
-            raise DataError(f"'{file}' is damaged: delete '{folder}' and prepare the source again.") from error
-        if begun is None:
-            raise DataError(f"'{folder}' was begun in format {version} of another vrpo: choose another folder.")
-        request.refuse_other(folder, begun)
-        for line in lines:
-            try:
-                entry = _Finished.model_validate_json(line)
-            except ValidationError:
-                break  # a line cut off by a crash: its shard is made again
-            if entry.shard is not None:
-                shard = folder / entry.shard.file
-                if not shard.exists() or shard.stat().st_size != entry.shard.bytes:
-                    break
-            finished.append(entry)
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        others = sorted(child.name for child in folder.iterdir() if child.name != f".{JOURNAL}.tmp")
-        if others:
-            raise DataError(
-                f"'{folder}' is not empty and holds no prepared data set (such as '{others[0]}'): "
-                "choose an empty or new folder."
-            )
-    for leftover in folder.glob(".shard-*.tmp"):
-        leftover.unlink()
-    text = "".join(record.model_dump_json() + "\n" for record in (request, *finished))
-    write_atomically(file, [text.encode()])
-    return finished
-
-
-def _append_to_journal(folder: Path, finished: _Finished) -> None:
-    with open(folder / JOURNAL, "ab") as stream:
-        stream.write(finished.model_dump_json().encode() + b"\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _manifest(source: Source, request: _Request, finished: list[_Finished]) -> Manifest:
+def _manifest(source: Source, request: Request, plan: LatentPlan, finished: list[Finished]) -> Manifest:
     shards = tuple(entry.shard for entry in finished if entry.shard is not None)
     bad = tuple(image for entry in finished for image in entry.bad)
     if not shards:
@@ -316,7 +275,9 @@ def _manifest(source: Source, request: _Request, finished: list[_Finished]) -> M
             f"none of the {len(bad):,} images in '{source.path}' can be read, "
             f"the first being '{bad[0].key}': {bad[0].reason}."
         )
+    normaliser: Normaliser | None = plan.normaliser(finished)
     return Manifest(
+        version=request.version,
         source=request.source,
         counts=Counts(
             images=sum(shard.rows for shard in shards),
@@ -327,11 +288,13 @@ def _manifest(source: Source, request: _Request, finished: list[_Finished]) -> M
         class_names=source.class_names,
         class_counts=tuple(map(sum, zip(*(entry.class_counts for entry in finished), strict=True))),
         preprocessing=request.preprocessing,
+        latents=request.latents,
+        normaliser=normaliser,
         rows_per_shard=request.rows_per_shard,
         shards=shards,
         bad=bad,
         upscaled=tuple(key for entry in finished for key in entry.upscaled)[:_NAMED_UPSCALED],
-        fingerprint=fingerprint(request.preprocessing, shards),
+        fingerprint=fingerprint(request.preprocessing, shards, request.latents, normaliser),
     )
 
 
@@ -344,21 +307,8 @@ def _refuse_bad(bad: Sequence[BadImage], on_bad_image: str) -> None:
 
 
 @contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(
-                f"the disk of '{folder}' is full: free some space and repeat the command; finished shards are kept."
-            ) from error
-        raise DataError(f"'{folder}' cannot be written: {error.strerror or error}.") from error
-
-
-@contextmanager
-def _reporter(
-    progress: bool | Progress, console: Console | None, name: str, total: int, done: int
-) -> Iterator[Progress]:
+def _reporter(reporting: _Reporting, name: str, total: int, done: int) -> Iterator[Progress]:
+    progress = reporting.progress
     if callable(progress):
         yield progress
         return
@@ -379,6 +329,6 @@ def _reporter(
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=console, disable=not progress) as bar:
+    with Bar(*columns, console=reporting.console, disable=not progress) as bar:
         task = bar.add_task(f"preparing {name}", total=total, completed=done)
         yield lambda finished, _: bar.update(task, completed=finished)

@@ -1,162 +1,32 @@
-"""The prepared data set on disk: uint8 pixels in safetensors shards, described by a manifest.
+"""The prepared data set on disk: pixels, latents or both in safetensors shards, described by a manifest.
 
-``manifest.json`` names every shard with its size and SHA-256. A shard is an ordinary safetensors file with
-the tensors ``pixels`` uint8 (n, 3, H, W), ``labels`` int64 (n,) where there are any, and the keys as
-``key_bytes`` uint8 with ``key_offsets`` int64 (n + 1,). Rows have a fixed size, so a reader maps the files
-and copies only the rows it needs.
+``manifest.json`` names every shard with its size and SHA-256. A shard is an ordinary safetensors file with the
+tensors ``pixels`` uint8 (n, 3, H, W), ``latents`` and those of the mirror images ``latents_flip`` float16 (n, C, h, w)
+where there are any, ``labels`` int64 (n,) where there are any, and the keys as ``key_bytes`` uint8 with
+``key_offsets`` int64 (n + 1,). Rows have a fixed size, so a reader maps the files and copies only the rows it needs.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vrpo.data.manifest import MANIFEST, Manifest, ShardRecord, read_manifest
+from vrpo.data.tensors import Blocks, Place, file_parts, map_bytes, read_header, read_tensor
 from vrpo.errors import DataError
-from vrpo.untrusted import parse_json, printable, read_json, seal, unseal
+from vrpo.untrusted import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-
-_DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype("<u1"), "I64": np.dtype("<i8")}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _BLOCK = 1 << 22
-_MAX_HEADER = 1 << 20  # ours take some 400 bytes
-
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class Record(BaseModel):
-    """A part of a manifest or journal: immutable, unknown fields refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SourceRecord(Record):
-    """Where the images came from: the name and kind of the source, and a hash of its list of images."""
-
-    name: str
-    kind: str
-    listing: Digest
-
-
-class Preprocessing(Record):
-    """What was done to every image, and whether readers mirror at random."""
-
-    size: Positive
-    crop: Literal["centre"] = "centre"
-    resample: Literal["box, then bicubic"] = "box, then bicubic"
-    flip: Literal["none", "random"] = "none"
-    max_pixels: Positive
-
-
-class Counts(Record):
-    """Images stored, images that could not be read, other files, and images smaller than the target size."""
-
-    images: Positive
-    bad: Count
-    ignored: Count
-    upscaled: Count
-
-
-class ShardRecord(Record):
-    """One shard: its file name, rows, size in bytes and SHA-256."""
-
-    file: Annotated[str, Field(pattern=r"^shard-\d{5,}\.safetensors$")]
-    rows: Positive
-    bytes: Positive
-    sha256: Digest
-
-
-class BadImage(Record):
-    """An image that was left out, and why."""
-
-    key: str
-    reason: str
-
-
-class Manifest(Record):
-    """The contents of ``manifest.json``; ``upscaled`` names at most the first thousand such images."""
-
-    version: int = FORMAT_VERSION
-    source: SourceRecord
-    counts: Counts
-    class_names: tuple[str, ...]
-    class_counts: tuple[Count, ...]
-    preprocessing: Preprocessing
-    rows_per_shard: Positive
-    shards: tuple[ShardRecord, ...]
-    bad: tuple[BadImage, ...]
-    upscaled: tuple[str, ...]
-    fingerprint: Digest
-
-    def to_json(self) -> str:
-        """Return the text of ``manifest.json``, the same for the same data set."""
-        return json.dumps(seal(self.model_dump(mode="json")), indent=1) + "\n"
-
-
-def fingerprint(preprocessing: Preprocessing, shards: Sequence[ShardRecord]) -> str:
-    """Hash what shapes the data: preprocessing, and the shards' hashes over pixels, labels and keys."""
-    parts = [FORMAT_VERSION, preprocessing.model_dump(), [(shard.rows, shard.sha256) for shard in shards]]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """Read the manifest of the prepared data set in folder ``path``.
-
-    Raises DataError where there is none, where a newer version wrote it, or where it is damaged.
-    """
-    file = Path(path) / MANIFEST
-    try:
-        content = read_json(file)
-        version = int(content["version"])
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(
-            f"'{path}' holds no prepared data set (no {MANIFEST}): make one with 'vrpo prepare SOURCE {path}'."
-        ) from error
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise _damaged_manifest(file, str(error)) from error
-    if version > FORMAT_VERSION:
-        raise DataError(
-            f"'{path}' was prepared in format {version}, and this vrpo reads formats up to {FORMAT_VERSION}: "
-            "update vrpo or prepare the source again."
-        )
-    try:
-        manifest = Manifest.model_validate(_unsealed(content, file))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise _damaged_manifest(file, f"{place}: {first['msg']}") from error
-    if manifest.fingerprint != fingerprint(manifest.preprocessing, manifest.shards) or (
-        manifest.counts.images != sum(shard.rows for shard in manifest.shards)
-    ):
-        raise _damaged_manifest(file, "its entries contradict its fingerprint")
-    return manifest
-
-
-def _unsealed(content: dict[str, Any], file: Path) -> dict[str, Any]:
-    try:
-        return unseal(content, required=False)
-    except ValueError as error:
-        raise _damaged_manifest(file, str(error)) from error
-
-
-def _damaged_manifest(file: Path, reason: str) -> DataError:
-    return DataError(f"'{file}' is damaged ({reason}): delete its folder and prepare the source again.")
 
 
 def write_atomically(file: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
@@ -188,39 +58,36 @@ def write_atomically(file: Path, parts: Iterable[bytes | memoryview]) -> tuple[i
     return size, digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Consecutive rows to store: pixels uint8 (n, 3, H, W), latents and mirrored latents float16 (n, C, h, w)."""
+
+    pixels: NDArray[np.uint8] | None
+    latents: NDArray[np.float16] | None = None
+    latents_flip: NDArray[np.float16] | None = None
+
+
 def write_shard(
-    folder: Path,
-    index: int,
-    pixels: Sequence[NDArray[np.uint8]],
-    labels: Sequence[int] | None,
-    keys: Sequence[str],
+    folder: Path, index: int, blocks: Sequence[Rows], labels: Sequence[int] | None, keys: Sequence[str]
 ) -> ShardRecord:
-    """Write shard ``index`` from blocks of pixels (n_i, 3, H, W), labels and keys of all rows together."""
+    """Write shard ``index`` from blocks of rows, and the labels and keys of all rows together."""
     encoded = [key.encode() for key in keys]
     offsets = np.zeros(len(keys) + 1, dtype="<i8")
     np.cumsum([len(key) for key in encoded], out=offsets[1:])
     rows = len(keys)
     # Eight-byte tensors come first, so that every tensor lies aligned in the file.
-    tensors: dict[str, tuple[tuple[int, ...], np.dtype[Any], Sequence[NDArray[Any]]]] = {}
+    tensors: dict[str, Blocks] = {}
     if labels is not None:
-        tensors["labels"] = ((rows,), _DTYPES["I64"], [np.asarray(labels, dtype="<i8")])
-    tensors["key_offsets"] = ((rows + 1,), _DTYPES["I64"], [offsets])
-    tensors["pixels"] = ((rows, *pixels[0].shape[1:]), _DTYPES["U8"], pixels)
+        tensors["labels"] = Blocks((rows,), "I64", [np.asarray(labels, dtype="<i8")])
+    tensors["key_offsets"] = Blocks((rows + 1,), "I64", [offsets])
+    for name, dtype in (("latents", "F16"), ("latents_flip", "F16"), ("pixels", "U8")):
+        parts = [part for part in (getattr(block, name) for block in blocks) if part is not None]
+        if parts:
+            tensors[name] = Blocks((rows, *parts[0].shape[1:]), dtype, parts)
     joined = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-    tensors["key_bytes"] = (joined.shape, _DTYPES["U8"], [joined])
-
-    header: dict[str, Any] = {}
-    end = 0
-    for name, (shape, dtype, _) in tensors.items():
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * ((-len(text) - 8) % 64)  # the data starts at a multiple of 64 bytes
-    parts: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
-    for _, _, blocks in tensors.values():
-        parts += [np.ascontiguousarray(block).reshape(-1).view(np.uint8).data for block in blocks]
+    tensors["key_bytes"] = Blocks(joined.shape, "U8", [joined])
     name = f"shard-{index:05d}.safetensors"
-    size, digest = write_atomically(folder / name, parts)
+    size, digest = write_atomically(folder / name, file_parts(tensors))
     return ShardRecord(file=name, rows=rows, bytes=size, sha256=digest)
 
 
@@ -234,14 +101,17 @@ class ShardedDataset:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
+        self.latents = self.manifest.latents
         self.image_size = self.manifest.preprocessing.size
         self.channels = 3
         self.class_names = self.manifest.class_names
         self.num_classes = len(self.class_names)
         self.labelled = self.num_classes > 0
         self.fingerprint = self.manifest.fingerprint
-        self._shards = [self._map(record) for record in self.manifest.shards]
+        self._shapes = self._row_shapes()
+        self._shards = [self._header(record) for record in self.manifest.shards]
         self._starts = np.cumsum([0, *(record.rows for record in self.manifest.shards)])
+        self._maps: dict[str, list[NDArray[np.uint8]]] = {}
         self._labels: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
@@ -250,43 +120,85 @@ class ShardedDataset:
     def __reduce__(self) -> tuple[type[ShardedDataset], tuple[Path]]:
         return ShardedDataset, (self.path,)
 
+    @property
+    def holds_pixels(self) -> bool:
+        """Whether ``read`` can return pixels."""
+        return self.manifest.holds_pixels
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of what a diffusion model is trained on: pixels, or latents where there are any."""
+        return self.channels if self.latents is None else self.latents.channels
+
+    @property
+    def input_size(self) -> int:
+        """Side of what a diffusion model is trained on."""
+        return self.image_size if self.latents is None else self.latents.size
+
     def read(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
         """Return pixels uint8 (B, 3, H, W) and labels int64 (B,) (None where unlabelled) of rows ``indices``.
 
-        Raises IndexError for a row outside 0 .. N - 1.
+        Raises IndexError for a row outside 0 .. N - 1, and DataError where only latents are stored.
         """
         import torch
 
-        indices = np.asarray(indices, dtype=np.int64)
-        if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
-            raise IndexError(f"rows {indices.min()} .. {indices.max()} of {len(self)}")
-        pixels = np.empty((len(indices), self.channels, self.image_size, self.image_size), dtype=np.uint8)
-        shard_of = np.searchsorted(self._starts, indices, side="right") - 1
-        for shard in np.unique(shard_of):
-            places = np.flatnonzero(shard_of == shard)
-            pixels[places] = self._shards[shard]["pixels"][indices[places] - self._starts[shard]]
+        if not self.holds_pixels:
+            raise DataError(
+                f"'{self.path}' holds latents without pixels: prepare the images with --keep-pixels True, or give "
+                "another data set."
+            )
+        indices = self._checked(indices)
+        pixels = np.empty((len(indices), *self._shapes["pixels"]), dtype=np.uint8)
+        self._gather(["pixels"], indices, np.zeros(len(indices), dtype=np.int64), pixels)
         labels = self.labels()
         return torch.from_numpy(pixels), None if labels is None else torch.from_numpy(labels[indices])
+
+    def read_latents(self, indices: NDArray[np.int64], flipped: NDArray[np.bool_] | None = None) -> Tensor:
+        """Return stored latents float16 (B, C, h, w) of rows ``indices``, of the mirror image where ``flipped``.
+
+        C is that of the latents, twice over where mean and standard deviation are stored. Raises IndexError for a
+        row outside 0 .. N - 1, and DataError where there are no latents, or none of mirror images.
+        """
+        import torch
+
+        if self.latents is None:
+            raise DataError(f"'{self.path}' holds no latents: prepare it with --latents NAME.")
+        indices = self._checked(indices)
+        names, sides = ["latents"], np.zeros(len(indices), dtype=np.int64)
+        if flipped is not None and flipped.any():
+            if "latents_flip" not in self._shapes:
+                raise DataError(f"'{self.path}' holds no latents of mirror images: prepare it with --flip.")
+            names, sides = ["latents", "latents_flip"], flipped.astype(np.int64)
+        rows = np.empty((len(indices), *self._shapes["latents"]), dtype=np.float16)
+        self._gather(names, indices, sides, rows)
+        return torch.from_numpy(rows)
 
     def labels(self) -> NDArray[np.int64] | None:
         """Return all labels, int64 (N,), or None where the data set is unlabelled."""
         if self._labels is None and self.labelled:
-            labels = [shard["labels"] for shard in self._shards]
-            for record, part in zip(self.manifest.shards, labels, strict=True):
+            parts = []
+            for record, places in zip(self.manifest.shards, self._shards, strict=True):
+                part = read_tensor(self.path / record.file, places["labels"])
                 if part.min() < 0 or part.max() >= self.num_classes:
                     raise DataError(
                         f"'{self.path / record.file}' has a label outside 0 .. {self.num_classes - 1}: "
                         "delete the folder and prepare the source again."
                     )
-            self._labels = np.concatenate(labels).astype(np.int64)
+                parts.append(part)
+            self._labels = np.concatenate(parts).astype(np.int64)
         return self._labels
 
     def key(self, index: int) -> str:
         """Return the key of row ``index``: its path within the source."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        tensors = self._shards[shard]
-        begin, end = tensors["key_offsets"][index - self._starts[shard] :][:2]
-        return printable(bytes(tensors["key_bytes"][begin:end]).decode("utf-8", "backslashreplace"))
+        file, places = self.path / self.manifest.shards[shard].file, self._shards[shard]
+        row = index - int(self._starts[shard])
+        begin, end = read_tensor(file, places["key_offsets"], row, row + 2)
+        try:
+            key = read_tensor(file, places["key_bytes"], int(begin), int(end)).tobytes()
+        except ValueError as error:
+            raise DataError(f"'{file}' has damaged keys: delete the folder and prepare the source again.") from error
+        return printable(key.decode("utf-8", "backslashreplace"))
 
     def verify(self, progress: Callable[[int, int], None] | None = None, rank: int = 0, world_size: int = 1) -> None:
         """Read every shard and compare its SHA-256; ``progress`` is told bytes read and bytes in all.
@@ -314,7 +226,47 @@ class ShardedDataset:
                 "(SHA-256 differs): delete the folder and prepare the source again."
             )
 
-    def _map(self, record: ShardRecord) -> Mapping[str, NDArray[Any]]:
+    def _checked(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        indices = np.asarray(indices, dtype=np.int64)
+        if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
+            raise IndexError(f"rows {indices.min()} .. {indices.max()} of {len(self)}")
+        return indices
+
+    def _gather(
+        self, names: Sequence[str], indices: NDArray[np.int64], which: NDArray[np.int64], out: NDArray[Any]
+    ) -> None:
+        """Copy rows ``indices`` into ``out``, each from the tensor ``names[which]``, in the order of the file."""
+        tensors = [self._mapped(name) for name in names]
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        rows = indices - self._starts[shards]
+        target = out.view(np.uint8).reshape(len(out), tensors[0][0].shape[1])
+        # One copy a row from map to batch: numpy's fancy indexing would make two.
+        for place, (side, shard, row) in enumerate(zip(which.tolist(), shards.tolist(), rows.tolist(), strict=True)):
+            target[place] = tensors[side][shard][row]
+
+    def _mapped(self, name: str) -> list[NDArray[np.uint8]]:
+        """Return one tensor of every shard as bytes (n, row bytes), all mapped at the first use."""
+        if name not in self._maps:
+            found = []
+            for record, places in zip(self.manifest.shards, self._shards, strict=True):
+                place = places[name]
+                mapped = map_bytes(self.path / record.file, record.bytes)
+                found.append(mapped[place.begin : place.end].reshape(record.rows, place.row_bytes))
+            self._maps[name] = found
+        return self._maps[name]
+
+    def _row_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the shape of a row of each tensor that holds images."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.holds_pixels:
+            shapes["pixels"] = (self.channels, self.image_size, self.image_size)
+        if self.latents is not None:
+            shapes["latents"] = (self.latents.stored_channels, self.latents.size, self.latents.size)
+            if self.manifest.preprocessing.flip == "random":
+                shapes["latents_flip"] = shapes["latents"]
+        return shapes
+
+    def _header(self, record: ShardRecord) -> Mapping[str, Place]:
         file = self.path / record.file
         again = "delete the folder and prepare the source again."
         try:
@@ -324,36 +276,21 @@ class ShardedDataset:
         if size != record.bytes:
             change = "truncated to" if size < record.bytes else "grown to"
             raise DataError(f"'{file}' is {change} {size:,} of {record.bytes:,} bytes: {again}")
-        row = (self.channels, self.image_size, self.image_size)
-        expected = {"pixels": (record.rows, *row), "key_offsets": (record.rows + 1,), "key_bytes": None}
+        expected: dict[str, tuple[str, tuple[int, ...] | None]] = {
+            name: ("U8" if name == "pixels" else "F16", (record.rows, *shape)) for name, shape in self._shapes.items()
+        }
+        expected |= {"key_offsets": ("I64", (record.rows + 1,)), "key_bytes": ("U8", None)}
         if self.labelled:
-            expected["labels"] = (record.rows,)
-        mapped = np.memmap(file, dtype=np.uint8, mode="r")
+            expected["labels"] = ("I64", (record.rows,))
         try:
-            tensors = _views(mapped)
-            fits = all(shape in (None, tensors[name].shape) for name, shape in expected.items())
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            places = read_header(file)
+        except (OSError, ValueError) as error:
             raise DataError(f"'{file}' has a damaged header: {again}") from error
-        if not fits:
-            raise DataError(f"'{file}' does not hold what {MANIFEST} says: {again}")
-        return tensors
-
-
-def _views(mapped: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-    """Return views of the tensors in a mapped safetensors file (8-byte header length, JSON header, data)."""
-    start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
-    if start > min(len(mapped), _MAX_HEADER):
-        raise ValueError("header longer than the file")
-    header = parse_json(mapped[8:start].tobytes())
-    views = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            begin, end = map(operator.index, entry["data_offsets"])
-            if not 0 <= begin <= end <= len(mapped) - start or min(entry["shape"], default=0) < 0:
-                raise ValueError(f"{name} lies outside the file")
-            data = np.asarray(mapped[start + begin : start + end])
-            views[name] = data.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return views
+        for name, (dtype, shape) in expected.items():
+            place = places.get(name)
+            if place is None or place.dtype != dtype or shape not in (None, place.shape):
+                raise DataError(f"'{file}' does not hold what {MANIFEST} says: {again}")
+        return places
 
 
 def verify_dataset(path: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None) -> Manifest:

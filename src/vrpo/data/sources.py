@@ -37,7 +37,7 @@ class Entry:
     key: str
     label: int | None
     size: int
-    location: str | int
+    location: str | int | tuple[int, int]
     checksum: int = 0
 
 
@@ -49,6 +49,29 @@ class Opener(Protocol):
 
     def open(self, entry: Entry) -> BinaryIO:
         """Return the encoded image as a binary stream."""
+
+
+class LatentOpener(Opener, Protocol):
+    """An opener of a source that brings latents."""
+
+    def latents(self, entry: Entry) -> NDArray[np.float16]:
+        """Return the latents of an entry, (views, C, h, w); raises DataError where they cannot be used."""
+
+
+@dataclass(frozen=True)
+class StoredLatents:
+    """Latents that a source brings: each entry's are (views, C, h, w), the second view of the mirror image.
+
+    With ``posterior`` the channels are those of the mean and of the standard deviation. ``shift`` and ``scale`` are the
+    normaliser that belongs to them, by channel, where the source's layout says; ``autoencoder`` is the usual one.
+    """
+
+    shape: tuple[int, int, int, int]
+    posterior: bool
+    pixels: bool
+    autoencoder: str | None = None
+    shift: tuple[float, ...] | None = None
+    scale: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +87,7 @@ class Source:
     entries: Sequence[Entry]
     ignored: int
     opener: Opener
+    latents: StoredLatents | None = None
 
     @property
     def name(self) -> str:
@@ -147,7 +171,7 @@ class ZipOpener:
     def open(self, entry: Entry) -> BinaryIO:
         """Open one member as a stream; nothing is extracted to disk."""
         archive = self._connected()
-        return cast(BinaryIO, archive.open(archive.infolist()[int(entry.location)]))
+        return cast(BinaryIO, archive.open(archive.infolist()[cast(int, entry.location)]))
 
     def _connected(self) -> zipfile.ZipFile:
         if self._archive is None:
@@ -166,7 +190,7 @@ class ArrayOpener:
 
     def open(self, entry: Entry) -> BinaryIO:
         """Return row ``entry.location`` as PGM (one channel) or PPM (three)."""
-        image = self.images[int(entry.location)]
+        image = self.images[cast(int, entry.location)]
         height, width, channels = image.shape
         magic = b"P5" if channels == 1 else b"P6"
         return io.BytesIO(b"%s %d %d 255\n" % (magic, width, height) + np.ascontiguousarray(image).tobytes())

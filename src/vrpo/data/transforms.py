@@ -30,15 +30,18 @@ MAX_PIXELS = 178_000_000
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
-def decode(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> tuple[NDArray[np.uint8], bool]:
+def decode(data: bytes, size: int, max_pixels: int = MAX_PIXELS, exact: bool = False) -> tuple[NDArray[np.uint8], bool]:
     """Decode one image to RGB and centre-crop it to uint8 (3, size, size); the flag says it was upscaled.
 
-    The dimensions in the header are checked before anything is decoded, so memory stays below about eight
-    bytes times ``max_pixels``. Raises DataError with the reason, whatever is wrong with the bytes.
+    With ``exact`` an image of another size is refused. The dimensions in the header are checked before anything is
+    decoded, so memory stays below about eight bytes times ``max_pixels``. Raises DataError with the reason, whatever is
+    wrong with the bytes.
     """
     with _opened(data) as image:
         width, height = image.size
         _check_dimensions(width, height, size, max_pixels)
+        if exact and (width, height) != (size, size):
+            raise DataError(f"it is {width} x {height} pixels and not {size} x {size}")
         pixels = np.asarray(centre_crop(_to_rgb(image), size))
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)), min(width, height) < size
 

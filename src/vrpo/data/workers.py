@@ -17,7 +17,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from vrpo.data.sources import Entry, Opener
+from vrpo.data.sources import Entry, LatentOpener, Opener
 from vrpo.data.transforms import decode
 from vrpo.errors import DataError
 
@@ -26,17 +26,36 @@ _SMALL_SOURCE = 8 << 20
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """The result of one task: pixels uint8 (n, 3, S, S) of the entries ``kept``, and why others were not."""
+class Work:
+    """What is done to every entry: images to squares of ``size``, and the source's own latents as they are.
 
-    pixels: NDArray[np.uint8]
+    ``pixels`` is false where the source has none; ``latents`` is the shape (views, C, h, w) of an entry's latents, or
+    None; with ``exact`` an image must have that size already, because the latents are of it.
+    """
+
+    size: int
+    max_pixels: int
+    pixels: bool = True
+    latents: tuple[int, int, int, int] | None = None
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The result of one task on the entries ``kept``, and why others were not.
+
+    Pixels are uint8 (n, 3, S, S), latents float16 (n, views, C, h, w).
+    """
+
+    pixels: NDArray[np.uint8] | None
     kept: list[int]
     bad: list[tuple[int, str]]
     upscaled: list[int]
+    latents: NDArray[np.float16] | None = None
 
 
-def decode_entries(opener: Opener, entries: Sequence[Entry], size: int, max_pixels: int) -> Decoded:
-    """Decode ``entries`` to squares of ``size``; an image that cannot be read becomes a reason, not an error.
+def decode_entries(opener: Opener, entries: Sequence[Entry], work: Work) -> Decoded:
+    """Decode ``entries`` as ``work`` says; an image that cannot be read becomes a reason, not an error.
 
     Raises DataError where the source as a whole has gone.
     """
@@ -44,19 +63,24 @@ def decode_entries(opener: Opener, entries: Sequence[Entry], size: int, max_pixe
         opener.connect()
     except OSError as error:
         raise DataError(f"the source can no longer be read ({error}): put it back and repeat.") from error
-    pixels = np.empty((len(entries), 3, size, size), dtype=np.uint8)
+    pixels = np.empty((len(entries), 3, work.size, work.size), dtype=np.uint8) if work.pixels else None
+    latents = None if work.latents is None else np.empty((len(entries), *work.latents), dtype=np.float16)
     kept: list[int] = []
     bad: list[tuple[int, str]] = []
     upscaled: list[int] = []
     # No encoding of an image within the limit is larger than its raw RGBA pixels by more than headers.
-    limit = 4 * max_pixels + (1 << 20)
+    limit = 4 * work.max_pixels + (1 << 20)
     for i, entry in enumerate(entries):
         try:
-            if entry.size > limit:
-                raise DataError(f"its {entry.size:,} bytes exceed any image of {max_pixels:,} pixels")
-            with opener.open(entry) as stream:
-                data = stream.read(limit)
-            pixels[len(kept)], was_upscaled = decode(data, size, max_pixels)
+            was_upscaled = False
+            if pixels is not None:
+                if entry.size > limit:
+                    raise DataError(f"its {entry.size:,} bytes exceed any image of {work.max_pixels:,} pixels")
+                with opener.open(entry) as stream:
+                    data = stream.read(limit)
+                pixels[len(kept)], was_upscaled = decode(data, work.size, work.max_pixels, work.exact)
+            if latents is not None:
+                latents[len(kept)] = cast(LatentOpener, opener).latents(entry)
         except MemoryError:
             raise
         except DataError as error:
@@ -67,12 +91,16 @@ def decode_entries(opener: Opener, entries: Sequence[Entry], size: int, max_pixe
             kept.append(i)
             if was_upscaled:
                 upscaled.append(i)
-    return Decoded(pixels[: len(kept)], kept, bad, upscaled)
+    return Decoded(
+        None if pixels is None else pixels[: len(kept)],
+        kept,
+        bad,
+        upscaled,
+        None if latents is None else latents[: len(kept)],
+    )
 
 
-def decode_in_order(
-    opener: Opener, tasks: Sequence[Sequence[Entry]], size: int, max_pixels: int, workers: int
-) -> Generator[Decoded]:
+def decode_in_order(opener: Opener, tasks: Sequence[Sequence[Entry]], work: Work, workers: int) -> Generator[Decoded]:
     """Yield the results of ``tasks`` in their order, from ``workers`` processes, or from this one where 1.
 
     Raises DataError where a worker is killed or memory runs out.
@@ -82,9 +110,9 @@ def decode_in_order(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 for task in tasks:
-                    yield decode_entries(opener, task, size, max_pixels)
+                    yield decode_entries(opener, task, work)
         else:
-            yield from _decode_by_processes(opener, tasks, size, max_pixels, min(workers, len(tasks)))
+            yield from _decode_by_processes(opener, tasks, work, min(workers, len(tasks)))
     except (EOFError, ConnectionError, MemoryError) as error:
         raise DataError(
             "decoding ran out of memory or lost a worker process: repeat with fewer --workers than "
@@ -102,7 +130,7 @@ def worker_count(workers: int | None, remaining: Sequence[Entry]) -> int:
 
 
 def _decode_by_processes(
-    opener: Opener, tasks: Sequence[Sequence[Entry]], size: int, max_pixels: int, workers: int
+    opener: Opener, tasks: Sequence[Sequence[Entry]], work: Work, workers: int
 ) -> Generator[Decoded]:
     # A forked copy of a process with threads (torch, a progress bar) may deadlock; a spawned one starts afresh.
     context = multiprocessing.get_context("spawn")
@@ -114,7 +142,7 @@ def _decode_by_processes(
     try:
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, opener, size, max_pixels), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, opener, work), daemon=True)
             process.start()
             theirs.close()  # so that the end of the worker is the end of the stream
             processes.append(process)
@@ -142,7 +170,7 @@ def _decode_by_processes(
             process.join()
 
 
-def _serve(connection: Connection, opener: Opener, size: int, max_pixels: int) -> None:
+def _serve(connection: Connection, opener: Opener, work: Work) -> None:
     """Answer tasks until the parent terminates this process or, having been killed, closes the stream."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends the work
     warnings.simplefilter("ignore")
@@ -153,7 +181,7 @@ def _serve(connection: Connection, opener: Opener, size: int, max_pixels: int) -
             return
         answer: Decoded | Exception
         try:
-            answer = decode_entries(opener, entries, size, max_pixels)
+            answer = decode_entries(opener, entries, work)
         except Exception as error:
             answer = error
         try:

@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vrpo.data.shards import MANIFEST, ShardedDataset
+from vrpo.data.manifest import MANIFEST
+from vrpo.data.shards import ShardedDataset
 from vrpo.errors import DataError, EvaluationError
 from vrpo.evaluation.npz import npz_members, open_array
 

@@ -17,6 +17,7 @@ from vrpo.diffusion.samplers import DIT_SAMPLERS, FLOW_SAMPLERS, sample, sample_
 from vrpo.diffusion.state import Layout, State
 from vrpo.errors import ConfigError, nearest
 from vrpo.models.transformer import DiffusionTransformer
+from vrpo.vision.autoencoders import Decoder, Pixels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -83,8 +84,11 @@ class ImageSampler:
         *,
         device: torch.device | str,
         settings: SampleConfig | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         """Take a network, the run's configuration and, if they differ from its own, sampling settings.
+
+        ``decoder`` turns latents into images; None: they are pixels.
 
         Raises:
             ConfigError: settings that the network cannot be sampled by.
@@ -94,6 +98,7 @@ class ImageSampler:
         self.network = network
         self.config = config
         self.device = torch.device(device)
+        self.decoder: Decoder = decoder or Pixels()
         self.precision = self.settings.precision or config.train.precision
         self.compute_batch = self.settings.compute_batch or default_compute_batch(self.device, network.num_tokens)
         self._path = get_path(config.diffusion.path)
@@ -109,7 +114,7 @@ class ImageSampler:
             "steps": settings.steps,
             "guidance_scale": settings.guidance_scale,
             "guidance_interval": list(settings.guidance_interval),
-            "decoder": "none (pixels)",
+            "decoder": self.decoder.description,
         }
 
     def images(self, indices: Sequence[int], labels: Tensor | None, seed: int) -> Tensor:
@@ -142,7 +147,8 @@ class ImageSampler:
         for row, position in zip(rows, positions, strict=True):
             filled[row] = position
         chosen = None if labels is None else labels[filled].to(self.device)
-        return to_uint8(self._latents([indices[position] for position in filled], chosen, seed))[rows].cpu()
+        latents = self._latents([indices[position] for position in filled], chosen, seed)
+        return to_uint8(self.decoder(latents))[rows].cpu()
 
     def _latents(self, indices: Sequence[int], labels: Tensor | None, seed: int) -> Tensor:
         network = self.network

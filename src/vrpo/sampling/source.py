@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vrpo.config import RunConfig, SampleConfig
 from vrpo.config_load import explain, validate
+from vrpo.decoding import decoder_of_state
 from vrpo.errors import ConfigError
 from vrpo.files import load_into, load_tensors
 from vrpo.models.transformer import DiffusionTransformer
@@ -32,6 +33,7 @@ class LoadedRun:
     images: int
     class_names: tuple[str, ...]
     weights_hash: str
+    latents: dict[str, Any]
 
 
 def load_run(run: Path, weights: Literal["ema", "raw"], device: torch.device) -> LoadedRun:
@@ -48,8 +50,15 @@ def load_run(run: Path, weights: Literal["ema", "raw"], device: torch.device) ->
     part = folder / f"{'ema' if weights == 'ema' else 'model'}.safetensors"
     load_into(network, load_tensors(part), str(part))
     network.to(device).eval().requires_grad_(False)
-    weights_hash = state.get("sha256", {}).get(part.name, "")
-    return LoadedRun(network, config, state["step"], state["images"], tuple(state["class_names"]), weights_hash)
+    return LoadedRun(
+        network=network,
+        config=config,
+        step=state["step"],
+        images=state["images"],
+        class_names=tuple(state["class_names"]),
+        weights_hash=state.get("sha256", {}).get(part.name, ""),
+        latents={name: state.get(name) for name in ("latents", "normaliser")},
+    )
 
 
 class RunSampler:
@@ -76,7 +85,10 @@ class RunSampler:
         except ValidationError as error:
             raise ConfigError(f"sample.{explain(error)}") from error
         network = self.loaded.network
-        self.sampler = ImageSampler(network, config, device=device, settings=merged)
+        decoder = decoder_of_state(
+            self.loaded.latents, named=merged.decoder, any_decoder=merged.any_decoder, device=device
+        )
+        self.sampler = ImageSampler(network, config, device=device, settings=merged, decoder=decoder)
         lower_weights(network, DTYPES[self.sampler.precision])
         if compile:
             network.compile_blocks(dynamic=False)

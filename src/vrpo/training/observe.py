@@ -16,14 +16,14 @@ from torch import Tensor
 from vrpo.alignment.objective import AlignmentBatch, Objective, TargetBatch
 from vrpo.config import RunConfig
 from vrpo.data.shards import ShardedDataset
-from vrpo.data.transforms import to_float
 from vrpo.diffusion.losses import Denoising
 from vrpo.diffusion.state import State
 from vrpo.models.taps import NO_TAPS, Taps
 from vrpo.models.transformer import DiffusionTransformer
-from vrpo.randomness import STREAM_VALIDATION, step_generator
+from vrpo.randomness import STREAM_VALIDATION, mix, step_generator
 from vrpo.sampling import DTYPES, ImageSampler, grid_image
 from vrpo.training.distributed import ALONE, World
+from vrpo.training.latents import CleanLatents
 from vrpo.training.targets import Targets
 
 VALIDATION_BATCH = 128
@@ -48,6 +48,8 @@ class Validation:
         self.rows = np.unique(
             np.linspace(0, len(dataset) - 1, min(config.train.validation_images, len(dataset))).astype(np.int64)
         )
+        # Its noise is of another stream's seed than that of training, at every step.
+        self._clean = CleanLatents(dataset.manifest, mix(config.seed, STREAM_VALIDATION) >> 1, device)
         self._dtype = DTYPES[config.train.precision]
         self._kept: dict[int, TargetBatch] = {}
 
@@ -77,17 +79,16 @@ class Validation:
     ) -> tuple[Tensor, float | None]:
         """Return the losses (B,) of the batch from row ``start`` on the CPU, and its mean cosine if there is one."""
         rows = self.rows[start : start + VALIDATION_BATCH]
-        pixels, labels = self.dataset.read(rows)
-        pixels = pixels.to(self.device)
+        pixels, stored, labels = self._read(rows)
         given = labels.to(self.device) if labels is not None and averaged.num_classes else None
-        clean = to_float(pixels)
+        clean = self._clean(pixels, stored, start, count=len(rows))
         generator = step_generator(self.config.seed, start, STREAM_VALIDATION, self.device)
         noise = torch.randn(clean.shape, generator=generator, device=self.device)
         # Evenly spread over the whole set, the same at every visit.
         spread = (torch.arange(start, start + len(rows), device=self.device) + 0.5) / len(self.rows)
         times = self.denoising.times(spread)
         noised = self.denoising.noised(clean, noise, times)
-        targets = self._held_out_targets(start, pixels)
+        targets = TargetBatch() if pixels is None else self._held_out_targets(start, pixels)
         token = None
         if averaged.token_width:
             # Drawn last: images have the same noise with and without a token.
@@ -97,7 +98,7 @@ class Validation:
         # The image's part alone, which compares with models that have no token.
         losses = self.denoising.loss(self._run(averaged, state, times, given), clean, noise, times)
         cosine = None
-        if self.targets.encoders:
+        if pixels is not None and self.targets.encoders:
             kept: dict[int, Tensor] = {}
             self._run(trunk, state, times, given, self._keep(kept))
             batch = AlignmentBatch(
@@ -111,6 +112,17 @@ class Validation:
             )
             cosine = objective.measure(batch, kept)
         return losses.cpu(), None if cosine is None else float(cosine)
+
+    def _read(self, rows: np.ndarray) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return pixels, stored latents and labels of held-out rows, each where it is needed and there."""
+        if self.dataset.latents is None:
+            pixels, labels = self.dataset.read(rows)
+            return pixels.to(self.device), None, labels
+        known = self.dataset.labels()
+        labels_of = None if known is None else torch.from_numpy(known[rows])
+        stored = self.dataset.read_latents(rows).to(self.device)
+        images = self.dataset.read(rows)[0].to(self.device) if self.targets.encoders else None
+        return images, stored, labels_of
 
     def _held_out_targets(self, start: int, pixels: Tensor) -> TargetBatch:
         """Return the encoders' tokens of one batch, computed at the first visit and kept as fp16 in main memory."""

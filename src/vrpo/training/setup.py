@@ -17,10 +17,11 @@ from vrpo.alignment.objective import Objective
 from vrpo.config import RunConfig
 from vrpo.data.shards import ShardedDataset
 from vrpo.diffusion.losses import Denoising
-from vrpo.errors import ConfigError, DataError
+from vrpo.errors import ConfigError
 from vrpo.models.transformer import SIZES, DiffusionTransformer, build_transformer, parameter_count, parse_model_name
 from vrpo.randomness import STREAM_INIT, mix
 from vrpo.sampling import build_denoising, check_sampling
+from vrpo.training.data_checks import check_data, check_pair
 from vrpo.training.distributed import ALONE, World, local_device, share
 from vrpo.training.targets import Say, Targets
 
@@ -128,7 +129,7 @@ def build_parts(config: RunConfig, say: Say, progress: Any = None, world: World 
     device = resolve_device(local_device(config.train.device, world))
     dataset = open_data(config.data.path, "data.path")
     held_out = None if config.data.validation is None else open_data(config.data.validation, "data.validation")
-    _check_pair(dataset, held_out)
+    check_pair(dataset, held_out)
     if config.data.conditional and not dataset.labelled:
         raise ConfigError(
             f"{config.data.path} has no labels, and data.conditional is true: prepare it from one folder a class, "
@@ -136,13 +137,14 @@ def build_parts(config: RunConfig, say: Say, progress: Any = None, world: World 
         )
     num_classes = dataset.num_classes if config.data.conditional else 0
     flip = dataset.manifest.preprocessing.flip == "random" if config.data.flip is None else config.data.flip
+    check_data(config, dataset, flip)
 
     # The trunk's initial weights depend on the seed alone, so that objectives are compared from one start.
     torch.manual_seed(mix(config.seed, STREAM_INIT, 0) >> 1)
     trunk = build_transformer(
         config.model.name,
-        input_size=dataset.image_size,
-        in_channels=dataset.channels,
+        input_size=dataset.input_size,
+        in_channels=dataset.in_channels,
         num_classes=num_classes,
         qk_norm=config.model.qk_norm,
         checkpoint_blocks=config.model.checkpoint_blocks,
@@ -176,8 +178,8 @@ def build_parts(config: RunConfig, say: Say, progress: Any = None, world: World 
     objective = add_image_distance(
         objective,
         config.align.perceptual_image,
-        channels=dataset.channels,
-        image_size=dataset.image_size,
+        channels=dataset.in_channels,
+        image_size=dataset.input_size,
         tokens=trunk.num_tokens,
         device=device,
     )
@@ -192,21 +194,6 @@ def build_parts(config: RunConfig, say: Say, progress: Any = None, world: World 
         targets=targets,
         flip=flip,
     )
-
-
-def _check_pair(dataset: ShardedDataset, held_out: ShardedDataset | None) -> None:
-    if held_out is None:
-        return
-    if held_out.image_size != dataset.image_size:
-        raise DataError(
-            f"the held-out images of {held_out.path} are {held_out.image_size} px and the training images "
-            f"{dataset.image_size} px: prepare both with one --size."
-        )
-    if held_out.class_names != dataset.class_names:
-        raise DataError(
-            f"the held-out data of {held_out.path} has other classes than {dataset.path}: prepare both from the same "
-            "class folders."
-        )
 
 
 def facts(parts: Parts, status: str, world: World = ALONE) -> dict[str, Any]:

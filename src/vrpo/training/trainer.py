@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vrpo.alignment.objective import TargetBatch
 from vrpo.config import RunConfig
 from vrpo.config_load import to_yaml
 from vrpo.data.loader import Batch, Loader
-from vrpo.data.transforms import to_float
+from vrpo.decoding import decoder_of_state, latent_state
 from vrpo.errors import CheckpointError, ConfigError, DataError, EvaluationError
 from vrpo.files import load_into, write_text
 from vrpo.sampling import DTYPES, ImageSampler
@@ -32,6 +33,7 @@ from vrpo.training.checkpoint import (
 from vrpo.training.claim import claim_folder
 from vrpo.training.distributed import ALONE, SharedSignal, World, describe_share, share
 from vrpo.training.ema import Ema
+from vrpo.training.latents import CleanLatents
 from vrpo.training.observe import Validation, save_grid
 from vrpo.training.optim import Optimizer
 from vrpo.training.parallel import Parallel
@@ -42,6 +44,7 @@ from vrpo.training.stop import StopRequest
 from vrpo.training.telemetry import BinnedMean, Journal, Meter, Stopwatch, Window, memory_mb, plain
 from vrpo.training.trouble import Watch, name_samples, name_terms
 from vrpo.untrusted import seal, seal_text
+from vrpo.vision.autoencoders import Decoder, Pixels
 
 TIME_BINS = 10
 DEFAULT_LOG_STEPS = 50
@@ -135,8 +138,11 @@ class Trainer:
             world_size=world.size,
             prefetch=config.data.prefetch,
             pin_memory=parts.device.type == "cuda",
+            latents=None if parts.dataset.latents is None else parts.dataset,
+            pixels=parts.dataset.latents is None or bool(parts.targets.encoders),
         )
-        self._sampler = ImageSampler(self.ema.network, config, device=parts.device)
+        self._clean = CleanLatents(parts.dataset.manifest, config.seed, parts.device)
+        self._sampler = ImageSampler(self.ema.network, config, device=parts.device, decoder=self._decoder())
         self._validate: Validation | None = None
         if parts.held_out is not None:
             depths = getattr(parts.objective, "depths", ())
@@ -200,13 +206,16 @@ class Trainer:
     def _train_step(self, batch: Batch) -> None:
         config, parts = self.config, self.parts
         train, device = config.train, parts.device
-        pixels = batch.pixels.to(device, non_blocking=True)
+        pixels, stored = (
+            None if part is None else part.to(device, non_blocking=True) for part in (batch.pixels, batch.latents)
+        )
         labels = None
         if batch.labels is not None and parts.num_classes:
             labels = batch.labels.to(device, non_blocking=True)
         with self._target_time.section():
-            targets = parts.targets.of_batch(batch, pixels)
-        clean = to_float(pixels)
+            targets = TargetBatch() if pixels is None else parts.targets.of_batch(batch, pixels)
+        part, images = self.share, train.batch_size // train.noisings
+        clean = self._clean(pixels, stored, self.step + self.passed, count=images, start=part.start // train.noisings)
         draws = draw_step(
             config.seed,
             self.step + self.passed,
@@ -217,7 +226,6 @@ class Trainer:
             device=device,
             token_width=parts.trunk.token_width,
         )
-        part = self.share
         self._watch.begin(self.step)
         for start in range(0, part.size, part.micro):
             # Rows of this process's batch whose noisings this pass holds.
@@ -229,7 +237,7 @@ class Trainer:
                     None if labels is None else _repeat(labels[rows], train.noisings),
                     draws.part(first, first + part.micro),
                     targets.map(partial(_rows, rows, train.noisings)),
-                    _repeat(pixels[rows], train.noisings) if targets.tokens else None,
+                    None if pixels is None or not targets.tokens else _repeat(pixels[rows], train.noisings),
                     images_seen=self.images,
                     budget=train.images,
                     sample_weight=self.optimizer.scale / part.size,
@@ -366,6 +374,7 @@ class Trainer:
             "network": self.parts.trunk.config,
             "class_names": list(self.parts.dataset.class_names) if self.parts.num_classes else [],
             "data": self.parts.dataset.fingerprint,
+            **latent_state(self.parts.dataset.manifest),
             "encoders": [encoder.fingerprint for encoder in self.parts.targets.encoders],
             "seed": self.config.seed,
             "passed": self.passed,
@@ -432,6 +441,14 @@ class Trainer:
         if opened and opened[0].damaged:
             self.say(f"Left out {opened[0].damaged} damaged lines of {self.run / 'metrics.jsonl'}.")
         return opened[0] if opened else Journal(None, self.images, known)
+
+    def _decoder(self) -> Decoder:
+        """Load the autoencoder where the run draws samples."""
+        train, sample = self.config.train, self.config.sample
+        if not (train.sample_every or (train.evaluate_every and self.config.evaluate.features is not None)):
+            return Pixels()
+        state, device = latent_state(self.parts.dataset.manifest), self.parts.device
+        return decoder_of_state(state, named=sample.decoder, any_decoder=sample.any_decoder, device=device)
 
     def _build_scorer(self) -> Callable[[], dict[str, Any]] | None:
         if self.config.evaluate.features is None or not self.config.train.evaluate_every:

@@ -1,0 +1,79 @@
+"""From a run's samples to images: the autoencoder that made its latents, and no other unless told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vrpo.data.manifest import LatentRecord, Manifest, Normaliser
+from vrpo.errors import ConfigError
+from vrpo.vision.autoencoders import Decoder, LatentDecoder, Pixels, load_autoencoder
+
+
+def load_decoder(
+    record: LatentRecord | None,
+    normaliser: Normaliser | None,
+    *,
+    named: str | None,
+    any_decoder: bool,
+    device: torch.device | str,
+) -> Decoder:
+    """Return what turns a run's samples into images: the autoencoder that made its latents.
+
+    ``named`` says where it lies, if not where the data says, or with ``any_decoder`` another one.
+
+    Raises:
+        ConfigError: it is not known, or another one than that of the latents.
+        CheckpointError: it cannot be loaded.
+    """
+    if record is None or normaliser is None:
+        if named is not None:
+            raise ConfigError("sample.decoder is set, but the run was trained on pixels: leave it out.")
+        return Pixels()
+    name = named or record.autoencoder
+    if name is None:
+        raise ConfigError(
+            "the data does not say which autoencoder made its latents: name it with --sample.decoder (or --decoder)."
+        )
+    autoencoder = load_autoencoder(name, device)
+    if not any_decoder:
+        refuse_other(record, autoencoder.fingerprint, autoencoder.name)
+    if autoencoder.channels != record.channels:
+        raise ConfigError(
+            f"the autoencoder '{name}' decodes latents of {autoencoder.channels} channels, and these have "
+            f"{record.channels}: give the one that made them."
+        )
+    return LatentDecoder(autoencoder, torch.tensor(normaliser.shift), torch.tensor(normaliser.scale))
+
+
+def refuse_other(record: LatentRecord, fingerprint: str, name: str) -> None:
+    """Raise ConfigError if the autoencoder ``name`` is known not to be the one that made the latents."""
+    if record.weights is not None and fingerprint != record.weights:
+        raise ConfigError(
+            f"the autoencoder '{name}' ({fingerprint[:12]}) is not the one that made the latents "
+            f"('{record.autoencoder}', {record.weights[:12]}): give that one, or say --sample.any-decoder True "
+            "(--any-decoder) to decode with this one all the same."
+        )
+
+
+def latent_state(manifest: Manifest) -> dict[str, Any]:
+    """Return what a checkpoint says of the latents it was trained on."""
+    return {
+        "latents": None if manifest.latents is None else manifest.latents.model_dump(),
+        "normaliser": None if manifest.normaliser is None else manifest.normaliser.model_dump(),
+    }
+
+
+def decoder_of_state(
+    state: dict[str, Any], *, named: str | None, any_decoder: bool, device: torch.device | str
+) -> Decoder:
+    """Return the decoder of a checkpoint with ``latent_state``; one without is of pixels."""
+    record, normaliser = state.get("latents"), state.get("normaliser")
+    return load_decoder(
+        None if record is None else LatentRecord.model_validate(record),
+        None if normaliser is None else Normaliser.model_validate(normaliser),
+        named=named,
+        any_decoder=any_decoder,
+        device=device,
+    )

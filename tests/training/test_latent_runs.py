@@ -1,0 +1,137 @@
+"""Training on latents and sampling from it, from images to decoded samples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import CLASSES, pictures
+
+from autoencoder_files import save_autoencoder
+from vrpo.data.latents import LatentOptions
+from vrpo.data.prepare import prepare
+from vrpo.data.shards import ShardedDataset
+from vrpo.data.sources import ArraySource
+from vrpo.errors import ConfigError, DataError
+from vrpo.sampling import RunSampler
+from vrpo.training.latents import CleanLatents
+from vrpo.training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_autoencoder(tmp_path_factory.mktemp("autoencoder") / "kl")
+
+
+@pytest.fixture(scope="module")
+def latents(autoencoder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("latents")
+    for name, count, seed in (("training", 48, 0), ("held-out", 12, 1)):
+        make(folder / name, count, seed, autoencoder)
+    return folder / "training", folder / "held-out"
+
+
+def make(out: Path, count: int, seed: int, autoencoder: Path, **options: Any) -> Path:
+    images, labels = pictures(count, seed)
+    source = ArraySource(images, labels, CLASSES, out.name)
+    told = LatentOptions(str(autoencoder), normalise="channels", **options)
+    prepare(source, out, size=16, flip=True, workers=1, progress=False, latents=told)
+    return out
+
+
+def configure(make_config: Any, latents: tuple[Path, Path], objective: str, **over: Any) -> Any:
+    over["data"] = {"path": str(latents[0]), "validation": str(latents[1])} | over.get("data", {})
+    over["train"] = {"images": 48, "batch_size": 8, "log_every": 8} | over.get("train", {})
+    return make_config(align={"objective": objective}, model={"name": "SiT-N/2"}, **over)
+
+
+def run(config: Any, folder: Path, **options: Any) -> Trainer:
+    trainer = Trainer(config, folder, say=lambda sentence: None, **options)
+    trainer.train()
+    return trainer
+
+
+def records(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+@pytest.mark.parametrize("objective", ["none", "repa"])
+def test_train_validate_draw_resume(objective: str, make_config: Any, latents: Any, tmp_path: Path) -> None:
+    every = {"sample_every": 24, "validate_every": 24}
+    config = configure(make_config, latents, objective, train=every)
+    trainer = run(config, tmp_path / "whole")
+    assert (trainer.parts.trunk.in_channels, trainer.parts.trunk.input_size) == (4, 8)
+    assert len(list((tmp_path / "whole" / "samples").glob("*.png"))) == 3
+    validation = records(tmp_path / "whole", "validation")
+    assert all(np.isfinite(record["denoising"]) for record in validation)
+    half = configure(make_config, latents, objective, train=every | {"images": 24})
+    run(half, tmp_path / "parts")
+    run(config, tmp_path / "parts", resume=True)
+    first, second = ([record["loss"] for record in records(tmp_path / name, "train")] for name in ("whole", "parts"))
+    assert first == second
+    assert [record["denoising"] for record in records(tmp_path / "parts", "validation")] == [
+        record["denoising"] for record in validation
+    ]
+
+
+def test_samples_decode_by_the_recorded_autoencoder_only(
+    make_config: Any, latents: Any, autoencoder: Path, tmp_path: Path
+) -> None:
+    run(configure(make_config, latents, "none"), tmp_path / "run")
+    device = torch.device("cpu")
+    sampler = RunSampler(tmp_path / "run", {}, "ema", device)
+    images, _ = sampler.draw(5, "balanced", 0)
+    assert images.shape == (5, 3, 16, 16)
+    assert images.float().std() > 0
+    assert sampler.protocol("balanced", 0)["decoder"].startswith("AutoencoderKL kl (")
+    other = save_autoencoder(tmp_path / "other", seed=1)
+    with pytest.raises(ConfigError, match="is not the one that made the latents"):
+        RunSampler(tmp_path / "run", {"decoder": str(other)}, "ema", device)
+    told = RunSampler(tmp_path / "run", {"decoder": str(other), "any_decoder": True}, "ema", device)
+    assert not torch.equal(told.draw(5, "balanced", 0)[0], images)
+
+
+def test_latents_are_sampled_scaled_and_shifted(latents: Any) -> None:
+    dataset = ShardedDataset(latents[0])
+    rows = np.arange(8)
+    stored = dataset.read_latents(rows)
+    clean = CleanLatents(dataset.manifest, 7, torch.device("cpu"))
+    z0 = clean(None, stored, 3, count=8)
+    mean, deviation = stored.float().chunk(2, dim=1)
+    assert dataset.manifest.normaliser is not None
+    shift = torch.tensor(dataset.manifest.normaliser.shift)[:, None, None]
+    scale = torch.tensor(dataset.manifest.normaliser.scale)[:, None, None]
+    noise = ((z0 / scale + shift) - mean) / deviation
+    # 2,048 unit normals: five standard errors.
+    assert abs(noise.mean()) < 5 / 2048**0.5
+    assert abs(noise.std() - 1) < 5 / (2 * 2048) ** 0.5
+    assert torch.equal(z0, clean(None, stored, 3, count=8))
+    assert not torch.equal(z0, clean(None, stored, 4, count=8))
+    # A process that holds part of the batch draws the same numbers.
+    torch.testing.assert_close(clean(None, stored[4:], 3, count=8, start=4), z0[4:], rtol=0, atol=0)
+
+
+def test_data_that_does_not_fit_is_one_sentence(
+    make_config: Any, latents: Any, data: Any, autoencoder: Path, tmp_path: Path
+) -> None:
+    def refused(error: type[Exception], words: str, objective: str = "none", **over: Any) -> None:
+        with pytest.raises(error, match=words):
+            run(configure(make_config, latents, objective, **over), tmp_path / "run")
+
+    refused(ConfigError, "data.image_size is 8, and the images of .* are 16 px", data={"image_size": 8})
+    refused(ConfigError, "data.latent_size is 4, and .* holds latents of 8 x 8", data={"latent_size": 4})
+    pixels = {"path": str(data[0]), "validation": None, "latent_size": 8}
+    refused(ConfigError, "data.latent_size is 8, and .* holds no latents", data=pixels)
+    refused(DataError, "only one holds latents", data={"validation": str(data[1])})
+    other = make(tmp_path / "other-data", 6, 2, save_autoencoder(tmp_path / "other", seed=1))
+    refused(DataError, "held-out latents of .* are of another autoencoder", data={"validation": str(other)})
+    bare = make(tmp_path / "bare", 6, 2, autoencoder, keep_pixels=False)
+    bare_data = {"path": str(bare), "validation": None}
+    refused(ConfigError, "holds latents without pixels", objective="repa", data=bare_data)
+    run(configure(make_config, latents, "none", data=bare_data), tmp_path / "bare-run")
+    assert not (tmp_path / "run").exists()
