@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vrpo.alignment.projector import unit
 from vrpo.models.taps import NO_TAPS, Taps
 
 Rerun = Callable[[slice, Taps], Tensor]
@@ -116,6 +117,10 @@ class Objective(nn.Module):
         and noise under other taps. Comes after ``loss``.
         """
 
+    def prepare_target(self, target: Tensor) -> Tensor:
+        """Return an encoder's tokens (B, N, C) as the projected tokens are compared with: unit vectors, float32."""
+        return unit(target)
+
     def measure(self, batch: AlignmentBatch, tokens: Mapping[int, Tensor]) -> Tensor | None:
         """Return the mean cosine on held-out images as a scalar, or None where nothing is aligned.
 
@@ -155,6 +160,10 @@ class Wrapper(Objective):
     def observe(self, losses: Tensor, rerun: Rerun) -> None:
         """Let the inner objective see the images' losses."""
         self.objective.observe(losses, rerun)
+
+    def prepare_target(self, target: Tensor) -> Tensor:
+        """Return the inner objective's targets."""
+        return self.objective.prepare_target(target)
 
     def measure(self, batch: AlignmentBatch, tokens: Mapping[int, Tensor]) -> Tensor | None:
         """Return the inner objective's mean cosine."""

@@ -7,6 +7,7 @@ Outputs, norms and everything after are float32 (float64 for float64 projectors)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from math import isqrt
 
@@ -82,6 +83,19 @@ class ConvProjector(nn.Module):
         with _wide_range(tokens):
             grid = _like_weight(tokens, self.conv.weight).transpose(1, 2).unflatten(2, (side, side))
             return _widened(F.conv2d(grid, self.conv.weight, bias, padding=1).flatten(2).transpose(1, 2))
+
+
+def projector_of(tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Return the projector whose state dict is ``tensors``."""
+    projector: nn.Module
+    if "conv.weight" in tensors:
+        out_width, in_width = tensors["conv.weight"].shape[:2]
+        projector = ConvProjector(in_width, out_width)
+    else:
+        (width, in_width), out_width = tensors["first.weight"].shape, len(tensors["last.bias"])
+        projector = MLPProjector(in_width, out_width, width)
+    projector.load_state_dict(dict(tensors))
+    return projector
 
 
 def _silu_jvp(x: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:

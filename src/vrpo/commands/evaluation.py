@@ -140,7 +140,7 @@ class _Subject:
         if folder is None or (folder != source and not (source / "state.json").is_file()):
             return cls(source)
         drawing = options.drawing
-        sampler = RunSampler(source, drawing.settings(), drawing.weights, device, drawing.compile)
+        sampler = RunSampler(source, drawing.settings(), drawing.weights, device, drawing.compile, drawing.selection())
         if options.out is None:
             check_output(folder / "evaluations", folder=True)
         return cls(source, sampler, folder / "evaluations")

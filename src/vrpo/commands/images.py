@@ -17,6 +17,7 @@ from vrpo.config import Count, Positive, Seed
 from vrpo.errors import ConfigError
 
 if TYPE_CHECKING:
+    from vrpo.sampling.candidates import Selection
     from vrpo.sampling.draw import Outputs
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -54,6 +55,27 @@ class Drawing:
     """Where the autoencoder of the latents lies; default as recorded."""
     any_decoder: bool = False
     """Decode with it even if it is not the one that made the latents."""
+    candidates: Positive = 1
+    """Trajectories that begin for each image; the network's own representation chooses the one that goes on."""
+    select_at: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Time, from 0 = data to 1 = noise, at which one of several candidates is chosen; default 0.5."""
+    select: Literal["best", "resample"] | None = None
+    """Go on with the candidate closest to its class (best, the default), or draw one by its group-relative weight."""
+
+    def selection(self) -> Selection | None:
+        """Return how one of several candidates is chosen, None for a single one.
+
+        Raises:
+            ConfigError: it is said how, but there is one candidate only.
+        """
+        from vrpo.sampling.candidates import Selection
+
+        if self.candidates > 1:
+            return Selection(self.candidates, self.select_at or 0.5, self.select or "best")
+        given = "--select-at" if self.select_at is not None else "--select" if self.select is not None else None
+        if given is not None:
+            raise ConfigError(f"{given} is about several candidates, and there is one: give --candidates 4.")
+        return None
 
     def settings(self) -> dict[str, Any]:
         """Return what was given, by the names of `SampleConfig`."""
@@ -99,7 +121,9 @@ def sample(words: list[str]) -> int:
             drawing, outputs = options.drawing, Outputs(options.out, options.npz, options.grid, options.columns)
             _check_outputs(outputs)
             device = resolve_device(local_device(drawing.device, world))
-            source = RunSampler(options.run, drawing.settings(), drawing.weights, device, drawing.compile)
+            source = RunSampler(
+                options.run, drawing.settings(), drawing.weights, device, drawing.compile, drawing.selection()
+            )
             loaded = source.loaded
             classes = tuple(
                 find_class(name, loaded.class_names, loaded.network.num_classes) for name in options.classes

@@ -21,24 +21,35 @@ class NoiseSource(Protocol):
     def step(self) -> Tensor:
         """Return the unit Gaussian noise of the next step, (B, C, H, W)."""
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these of the samples only."""
+
 
 class SampleNoise:
     """Noise of the samples ``indices`` of run ``seed``, each a function of (seed, index) alone.
 
     Sample i is the same whatever the batch size, the other samples or the number of processes. Numbers come
     from the CPU so that they do not depend on the device either.
+
+    With several ``candidates`` each sample has as many rows, one after the other; the first is the sample's own.
     """
 
     def __init__(
-        self, seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"
+        self,
+        seed: int,
+        indices: Sequence[int],
+        shape: Sequence[int],
+        device: torch.device | str = "cpu",
+        candidates: int = 1,
     ) -> None:
         """Take the ``seed``, B sample ``indices``, and the ``shape`` (C, H, W) and ``device`` of a sample."""
         self._seed = seed
-        self._indices = [int(index) for index in indices]
         self._shape = tuple(shape)
         self._device = torch.device(device)
-        # A further word keeps the steps independent of the initial noise, in whatever order they are drawn.
-        self._generators = [_generator(seed, index, 1) for index in self._indices]
+        # Further words keep candidates and steps independent of the initial noise, in whatever order they are drawn.
+        rows = [(int(index), candidate) for index in indices for candidate in range(candidates)]
+        self._starts = [(index, 2 * candidate) if candidate else (index,) for index, candidate in rows]
+        self._generators = [_generator(seed, index, 2 * candidate + 1) for index, candidate in rows]
 
     @property
     def generators(self) -> list[torch.Generator]:
@@ -47,11 +58,16 @@ class SampleNoise:
 
     def initial(self) -> Tensor:
         """Return the noise from which sampling starts, (B, C, H, W) float32; the same at every call."""
-        return self._draw([_generator(self._seed, index) for index in self._indices])
+        return self._draw([_generator(self._seed, *words) for words in self._starts])
 
     def step(self) -> Tensor:
         """Return the noise of the next step, (B, C, H, W) float32."""
         return self._draw(self._generators)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these of the rows only; `generators` is the same list, shortened."""
+        self._starts = [self._starts[row] for row in rows]
+        self._generators[:] = [self._generators[row] for row in rows]
 
     def _draw(self, generators: list[torch.Generator]) -> Tensor:
         # Pinned memory lets the copy, and the draw of the next step, run beside the network.

@@ -18,7 +18,7 @@ from vrpo.diffusion.paths import DiscretePath, Path, Quantity
 from vrpo.errors import ConfigError, nearest
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-StepCallback = Callable[[int, float, Tensor], None]
+StepCallback = Callable[[int, float, Tensor], Tensor | None]
 
 FLOW_SAMPLERS = ("ode-euler", "ode-heun", "sde")
 DIT_SAMPLERS = ("ddpm", "ddim")
@@ -66,6 +66,15 @@ class _Guided:
         guided = null_part + self._scale * (conditional_part - null_part)
         return torch.cat([guided, conditional[:, self._channels :]], dim=1)
 
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows (B',) of the batch only."""
+        self._batch = len(rows)
+        if self._labels is not None:
+            self._labels = self._labels[rows]
+        if self._scale != 1.0:
+            conditional, null = self._both_labels.chunk(2)
+            self._both_labels = torch.cat([conditional[rows], null[rows]])
+
     def _times(self, count: int, t: float) -> Tensor:
         return torch.full((count,), t, dtype=self._input_dtype, device=self._device)
 
@@ -93,7 +102,7 @@ def sample(
     2410.06940): ``steps`` evaluations, at times from 1 to 0.04, diffusion coefficient 2t, then a step to 0
     without noise; it draws from ``noise_source``. Guidance applies to an evaluation whose own time lies in
     the closed ``guidance_interval``. ``on_step(k, t, state)`` is called after step k = 1, 2, ... with the
-    time reached.
+    time reached; where it returns rows (B',), only these of the batch go on.
 
     Raises ConfigError for an unknown sampler, too few steps, guidance without classes, or a missing noise
     source.
@@ -106,11 +115,18 @@ def sample(
             raise ConfigError("the sampler 'sde' draws noise at every step: pass a noise_source.")
         state = _euler_maruyama(velocity, state, path, steps, noise_source, on_step)
     else:
-        state = _probability_flow(velocity, state, steps, sampler == "ode-heun", on_step)
+        state = _probability_flow(velocity, state, steps, sampler == "ode-heun", noise_source, on_step)
     return state.to(noise.dtype)
 
 
-def _probability_flow(velocity: _Guided, state: Tensor, steps: int, heun: bool, on_step: StepCallback | None) -> Tensor:
+def _probability_flow(
+    velocity: _Guided,
+    state: Tensor,
+    steps: int,
+    heun: bool,
+    noise_source: NoiseSource | None,
+    on_step: StepCallback | None,
+) -> Tensor:
     times = [(steps - step) / steps for step in range(steps + 1)]
     for step, (t, t_next) in enumerate(pairwise(times), start=1):
         slope = velocity(state, t, t)
@@ -119,7 +135,7 @@ def _probability_flow(velocity: _Guided, state: Tensor, steps: int, heun: bool, 
             slope = (slope + velocity(state + (t_next - t) * slope, t_next, t_next)) / 2
         state = state + (t_next - t) * slope
         if on_step is not None:
-            on_step(step, t_next, state)
+            state = _going_on(on_step(step, t_next, state), state, velocity, noise_source)
     return state
 
 
@@ -142,8 +158,18 @@ def _euler_maruyama(
         if step < steps:
             state = state + (diffusion * (t - t_next)) ** 0.5 * noise_source.step().to(state.dtype)
         if on_step is not None:
-            on_step(step, t_next, state)
+            state = _going_on(on_step(step, t_next, state), state, velocity, noise_source)
     return state
+
+
+def _going_on(rows: Tensor | None, state: Tensor, network: _Guided, noise_source: NoiseSource | None) -> Tensor:
+    """Return the rows of the state that go on, and let network and noise forget the others."""
+    if rows is None:
+        return state
+    network.keep(rows)
+    if noise_source is not None:
+        noise_source.keep(rows.tolist())
+    return state[rows]
 
 
 @torch.no_grad()
@@ -186,7 +212,7 @@ def sample_dit(
         state = scheduler.step(value, t, state, return_dict=False, **options)[0]
         if on_step is not None:
             reached = timesteps[step] / (path.steps - 1) if step < len(timesteps) else 0.0
-            on_step(step, reached, state)
+            state = _going_on(on_step(step, reached, state), state, output, noise_source)
     return state.to(noise.dtype)
 
 

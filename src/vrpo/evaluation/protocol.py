@@ -78,7 +78,8 @@ class Protocol:
     """What to state beside every metric; None where images came without a record of how they were sampled.
 
     ``occasion`` is "training" for the small evaluation that a run makes of itself, which is no row of a table of full
-    ones. ``kid``, ``manifold`` and ``inception_score`` hold the settings of those metrics where they were computed.
+    ones. ``selection`` says how each image was chosen from several candidates, where it was; ``kid``, ``manifold`` and
+    ``inception_score`` hold the settings of those metrics where they were computed.
     """
 
     sample_count: int
@@ -94,6 +95,7 @@ class Protocol:
     seed: int | None = None
     occasion: Literal["training"] | None = None
     image_conversion: str = IMAGE_CONVERSION
+    selection: Mapping[str, Any] = field(default_factory=dict)
     kid: Mapping[str, int] = field(default_factory=dict)
     manifold: Mapping[str, int] = field(default_factory=dict)
     inception_score: Mapping[str, int] = field(default_factory=dict)
@@ -148,6 +150,9 @@ class Protocol:
             text += f", guidance {self.guidance_scale:g}"
             if self.guidance_interval is not None:
                 text += " on [{:g}, {:g}]".format(*self.guidance_interval)
+        if self.selection:
+            how = "best" if self.selection["rule"] == "best" else "one resampled"
+            text += f", {how} of {self.selection['candidates']} at t = {self.selection['time']:g}"
         if self.label_policy is not None:
             text += f", labels {self.label_policy}"
         if self.decoder is not None:

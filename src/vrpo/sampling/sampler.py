@@ -16,7 +16,9 @@ from vrpo.diffusion.paths import get_path
 from vrpo.diffusion.samplers import DIT_SAMPLERS, FLOW_SAMPLERS, sample, sample_dit
 from vrpo.diffusion.state import Layout, State
 from vrpo.errors import ConfigError, nearest
+from vrpo.models.taps import NO_TAPS
 from vrpo.models.transformer import DiffusionTransformer
+from vrpo.sampling.candidates import Candidates
 from vrpo.vision.autoencoders import Decoder, Pixels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,10 +87,12 @@ class ImageSampler:
         device: torch.device | str,
         settings: SampleConfig | None = None,
         decoder: Decoder | None = None,
+        candidates: Candidates | None = None,
     ) -> None:
         """Take a network, the run's configuration and, if they differ from its own, sampling settings.
 
-        ``decoder`` turns latents into images; None: they are pixels.
+        ``decoder`` turns latents into images; None: they are pixels. With ``candidates`` several trajectories begin
+        for each image and one goes on.
 
         Raises:
             ConfigError: settings that the network cannot be sampled by.
@@ -101,6 +105,8 @@ class ImageSampler:
         self.decoder: Decoder = decoder or Pixels()
         self.precision = self.settings.precision or config.train.precision
         self.compute_batch = self.settings.compute_batch or default_compute_batch(self.device, network.num_tokens)
+        self._candidates = candidates
+        self._taps = NO_TAPS if candidates is None else candidates.taps
         self._path = get_path(config.diffusion.path)
         side = network.input_size
         self._layout = Layout((network.in_channels, side, side), network.token_width)
@@ -115,6 +121,7 @@ class ImageSampler:
             "guidance_scale": settings.guidance_scale,
             "guidance_interval": list(settings.guidance_interval),
             "decoder": self.decoder.description,
+            **({} if self._candidates is None else {"selection": self._candidates.selection.protocol}),
         }
 
     def images(self, indices: Sequence[int], labels: Tensor | None, seed: int) -> Tensor:
@@ -150,9 +157,14 @@ class ImageSampler:
         latents = self._latents([indices[position] for position in filled], chosen, seed)
         return to_uint8(self.decoder(latents))[rows].cpu()
 
+    @property
+    def _trajectories(self) -> int:
+        """Trajectories that begin for each image."""
+        return 1 if self._candidates is None else self._candidates.selection.count
+
     def _latents(self, indices: Sequence[int], labels: Tensor | None, seed: int) -> Tensor:
         network = self.network
-        noise = SampleNoise(seed, indices, self._layout.shape, self.device)
+        noise = SampleNoise(seed, indices, self._layout.shape, self.device, self._trajectories)
         settings = self.settings
         options: dict[str, Any] = {
             "sampler": settings.sampler,
@@ -163,6 +175,9 @@ class ImageSampler:
             "noise_source": noise,
             "state_dtype": torch.float32 if self.device.type == "mps" else torch.float64,
         }
+        if self._candidates is not None and labels is not None:
+            options["on_step"] = self._candidates.chooser(seed, indices, labels)
+            labels = labels.repeat_interleave(self._trajectories)
         if network.kind == "DiT":
             return sample_dit(self._call, noise.initial(), labels, **options)
         final = sample(self._call, noise.initial(), labels, path=self._path, **options)
@@ -172,8 +187,8 @@ class ImageSampler:
         image, token = self._layout.split(x)
         with torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
             if token is None:
-                return self.network(image, t, labels).float()
-            velocity = self.network(image, t, labels, token=token)
+                return self.network(image, t, labels, self._taps).float()
+            velocity = self.network(image, t, labels, self._taps, token=token)
         return self._layout.join(State(velocity[0].float(), velocity[1].float()))
 
 

@@ -19,14 +19,16 @@ from vrpo.errors import ConfigError
 from vrpo.files import load_into, load_tensors
 from vrpo.models.transformer import DiffusionTransformer
 from vrpo.runs import open_checkpoint
+from vrpo.sampling.candidates import Selection, load_candidates
 from vrpo.sampling.labels import LabelPolicy, sample_labels
 from vrpo.sampling.sampler import DTYPES, ImageSampler
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run's network at its newest checkpoint, ready to sample."""
+    """A run's network at its newest checkpoint, in the folder ``checkpoint``, ready to sample."""
 
+    checkpoint: Path
     network: DiffusionTransformer
     config: RunConfig
     step: int
@@ -51,6 +53,7 @@ def load_run(run: Path, weights: Literal["ema", "raw"], device: torch.device) ->
     load_into(network, load_tensors(part), str(part))
     network.to(device).eval().requires_grad_(False)
     return LoadedRun(
+        checkpoint=folder,
         network=network,
         config=config,
         step=state["step"],
@@ -71,11 +74,14 @@ class RunSampler:
         weights: Literal["ema", "raw"],
         device: torch.device,
         compile: bool = False,
+        selection: Selection | None = None,
     ) -> None:
         """Load the run; with ``compile``, compile its network's blocks.
 
+        With ``selection`` several trajectories begin for each image and one goes on.
+
         Raises:
-            VrpoError: no run, no checkpoint, or settings that do not fit.
+            VrpoError: no run, no checkpoint, settings that do not fit, or a selection that the run cannot make.
         """
         self.loaded = load_run(run, weights, device)
         self.weights, self.compiled = weights, compile
@@ -88,7 +94,13 @@ class RunSampler:
         decoder = decoder_of_state(
             self.loaded.latents, named=merged.decoder, any_decoder=merged.any_decoder, device=device
         )
-        self.sampler = ImageSampler(network, config, device=device, settings=merged, decoder=decoder)
+        candidates = None
+        if selection is not None:
+            folder = self.loaded.checkpoint
+            candidates = load_candidates(run, folder, config, network.num_classes, selection, device)
+        self.sampler = ImageSampler(
+            network, config, device=device, settings=merged, decoder=decoder, candidates=candidates
+        )
         lower_weights(network, DTYPES[self.sampler.precision])
         if compile:
             network.compile_blocks(dynamic=False)

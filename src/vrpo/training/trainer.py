@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vrpo.alignment.objective import TargetBatch
+from vrpo.alignment.prototypes import Prototypes
 from vrpo.config import RunConfig
 from vrpo.config_load import to_yaml
 from vrpo.data.loader import Batch, Loader
@@ -115,6 +116,7 @@ class Trainer:
             self.say(describe_share(self.share, world))
         self.ema = Ema(parts.trunk, train.ema)
         self.optimizer = Optimizer([*parts.trunk.parameters(), *parts.objective.parameters()], train, parts.device)
+        self.prototypes = Prototypes(parts.num_classes, parts.targets.widths, parts.device)
         if resume:
             self._resume(rewind)
         if config.data.verify:
@@ -214,6 +216,8 @@ class Trainer:
             labels = batch.labels.to(device, non_blocking=True)
         with self._target_time.section():
             targets = TargetBatch() if pixels is None else parts.targets.of_batch(batch, pixels)
+            if labels is not None and targets.tokens:
+                self.prototypes.add(targets.tokens, labels, parts.objective.prepare_target)
         part, images = self.share, train.batch_size // train.noisings
         clean = self._clean(pixels, stored, self.step + self.passed, count=images, start=part.start // train.noisings)
         draws = draw_step(
@@ -364,7 +368,7 @@ class Trainer:
         tensors = {
             "model": self.parts.trunk.state_dict(),
             "ema": self.ema.network.state_dict(),
-            "objective": self.parts.objective.state_dict(),
+            "objective": {**self.parts.objective.state_dict(), **self.prototypes.state()},
             "optimizer": self.optimizer.state(),
         }
         state = {
@@ -409,7 +413,7 @@ class Trainer:
         where = f"the checkpoint at step {state['step']} of {self.run}"
         load_into(self.parts.trunk, checkpoint.tensors["model"], where)
         load_into(self.ema.network, checkpoint.tensors["ema"], where)
-        load_into(self.parts.objective, checkpoint.tensors["objective"], where)
+        load_into(self.parts.objective, self.prototypes.load(checkpoint.tensors["objective"]), where)
         self.optimizer.load_state(checkpoint.tensors["optimizer"])
         self.step, self.images, self.seconds = state["step"], state["images"], state["seconds"]
         self.passed = passed_at(read_rewinds(self.run), self.step)
