@@ -177,16 +177,11 @@ class Run:
         return sorted(folder for folder in folders if (folder / "state.json").is_file())
 
     def latest_checkpoint(self) -> Path:
-        """Return the newest complete checkpoint: the one that ``latest`` names, or else the last by step.
+        """Return the newest complete checkpoint by step; ``latest`` names it too, for other programs.
 
         Raises CheckpointError where there is none.
         """
         complete = self.checkpoints()
-        pointer = self.path / "checkpoints" / "latest"
-        if pointer.is_file():
-            named = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-            if named in complete:
-                return named
         if not complete:
             raise CheckpointError(f"no checkpoint in {self.path}: train it until the first one is written.")
         return complete[-1]

@@ -22,6 +22,7 @@ from vrpo.commands.outputs import check_output
 from vrpo.commands.parse import parse
 from vrpo.config import Count
 from vrpo.errors import ConfigError, DataError
+from vrpo.files import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -244,7 +245,8 @@ def stats(words: list[str]) -> int:
 
     network = options.judge.load(resolve_device(options.device))
     reference = load_reference(options.source, network, batch_size=options.batch_size, progress=sys.stderr.isatty())
-    reference.save(options.out)
+    with replacing(options.out) as unfinished:
+        reference.save(unfinished)
     count = "" if reference.record.count is None else f" of {reference.record.count:,} images"
     print(
         f"Statistics in {reference.features.name} features{count}, {reference.statistics.width:,} wide: {options.out}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vrpo.errors import DataError
+from vrpo.files import write_text
 from vrpo.report import formats
 from vrpo.report.curves import Axis, Curve, Interval, PairedSpeedUp, combine, interval, mean_curve, speed_up
 from vrpo.report.groups import Group, choose_baseline, config_differences, group_runs, is_circular
@@ -163,10 +164,10 @@ def compare(
     )
     comparison = dataclasses.replace(comparison, results=tuple(_result_lines(comparison)))
     comparison.report.parent.mkdir(parents=True, exist_ok=True)
-    comparison.report.write_text(render(comparison), encoding="utf-8")
+    write_text(comparison.report, render(comparison))
     if json_file:
         text = json.dumps(_finite(comparison.to_dict()), indent=1, default=str, allow_nan=False)
-        comparison.report.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+        write_text(comparison.report.with_suffix(".json"), text + "\n")
     return comparison
 
 

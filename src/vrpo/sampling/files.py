@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vrpo.errors import ConfigError
+from vrpo.files import replacing
 
 RECORD = "sampling.json"
 """Beside the PNG files: how they were drawn."""
@@ -100,7 +101,8 @@ def write_grid(images: Tensor, out: Path, columns: int) -> None:
     """Write uint8 images (B, 3, H, W) as one PNG picture."""
     from PIL import Image
 
-    Image.fromarray(grid_image(images, columns)).save(out)
+    with replacing(out) as unfinished:
+        Image.fromarray(grid_image(images, columns)).save(unfinished, format="PNG")
 
 
 def grid_image(images: Tensor, columns: int) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from vrpo.runs import open_checkpoint
 from vrpo.sampling.candidates import Selection, load_candidates
 from vrpo.sampling.labels import LabelPolicy, sample_labels
 from vrpo.sampling.sampler import DTYPES, ImageSampler
+from vrpo.training.checkpoint import check_part, read_state
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,10 @@ def load_run(run: Path, weights: Literal["ema", "raw"], device: torch.device) ->
     """
     record, folder = open_checkpoint(run)
     config = validate(record.config, str(record.path / "config.yaml"))
-    state = json.loads((folder / "state.json").read_text("utf-8"))
-    network = DiffusionTransformer(**state["network"])
+    state = read_state(folder)
     part = folder / f"{'ema' if weights == 'ema' else 'model'}.safetensors"
+    check_part(part, state)
+    network = DiffusionTransformer(**state["network"])
     load_into(network, load_tensors(part), str(part))
     network.to(device).eval().requires_grad_(False)
     return LoadedRun(

@@ -83,14 +83,23 @@ def read_state(path: Path, verify: bool = False) -> dict[str, Any]:
     """
     try:
         state = unseal(read_json(path / "state.json"))
-        hashes = state.pop("sha256")
+        if not isinstance(state["sha256"], dict) or not isinstance(state["step"], int):
+            raise ValueError("it holds no hashes")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path / 'state.json'} is missing or damaged: use another checkpoint.") from error
     for part in PARTS if verify else ():
-        file = path / f"{part}.safetensors"
-        if not file.is_file() or sha256_file(file) != hashes.get(file.name):
-            raise CheckpointError(f"{file} is missing or does not match its hash: use another checkpoint.")
+        check_part(path / f"{part}.safetensors", state)
     return state
+
+
+def check_part(file: Path, state: dict[str, Any]) -> None:
+    """Compare one file of a checkpoint with its hash.
+
+    Raises:
+        CheckpointError: it is missing or does not match.
+    """
+    if not file.is_file() or sha256_file(file) != state["sha256"].get(file.name):
+        raise CheckpointError(f"{file} is missing or does not match its hash: use another checkpoint.")
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

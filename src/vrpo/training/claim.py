@@ -7,6 +7,7 @@ from pathlib import Path
 from vrpo.config import RunConfig
 from vrpo.config_load import load_file, validate
 from vrpo.errors import ConfigError
+from vrpo.files import is_unfinished
 from vrpo.runs import flatten
 
 # What a resumed run may change: nothing that shapes the weights. Data and encoders are told by their fingerprints,
@@ -37,7 +38,8 @@ def claim_folder(run: Path, config: RunConfig, resume: bool) -> None:
     """
     file = run / "config.yaml"
     if not file.is_file():
-        if run.is_dir() and any(run.iterdir()):
+        # A process that was killed in its first moment leaves hidden unfinished files.
+        if run.is_dir() and any(not is_unfinished(child) for child in run.iterdir()):
             raise ConfigError(f"{run} is not empty and holds no run: choose another --out.")
         return
     if not resume:

@@ -18,6 +18,7 @@ from vrpo.config import RunConfig
 from vrpo.data.shards import ShardedDataset
 from vrpo.diffusion.losses import Denoising
 from vrpo.diffusion.state import State
+from vrpo.files import replacing
 from vrpo.models.taps import NO_TAPS, Taps
 from vrpo.models.transformer import DiffusionTransformer
 from vrpo.randomness import STREAM_VALIDATION, mix, step_generator
@@ -196,7 +197,8 @@ def save_grid(
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(grid_image(pixels, settings.columns)).save(file)
+        with replacing(file) as unfinished:
+            Image.fromarray(grid_image(pixels, settings.columns)).save(unfinished, format="PNG")
 
     world.ask_first(write)
     return {

@@ -21,7 +21,7 @@ from vrpo.config_load import to_yaml
 from vrpo.data.loader import Batch, Loader
 from vrpo.decoding import decoder_of_state, latent_state
 from vrpo.errors import CheckpointError, ConfigError, DataError, EvaluationError
-from vrpo.files import load_into, write_text
+from vrpo.files import is_unfinished, load_into, write_text
 from vrpo.sampling import DTYPES, ImageSampler
 from vrpo.training.checkpoint import (
     Checkpoint,
@@ -426,6 +426,8 @@ class Trainer:
 
     def _begin_folder(self) -> None:
         self.run.mkdir(parents=True, exist_ok=True)
+        for leftover in filter(is_unfinished, self.run.iterdir()):
+            leftover.unlink(missing_ok=True)
         write_text(self.run / "config.yaml", seal_text(to_yaml(self.config)))
         self._write_facts("running")
 

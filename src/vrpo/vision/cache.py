@@ -224,7 +224,7 @@ class TokenCache:
             rows = min(self.part_rows, self.rows - part * self.part_rows)
             try:
                 whole = self._map(part).shape == (rows, *self.shape)
-            except (OSError, ValueError):
+            except (OSError, ValueError, EOFError):
                 whole = False
             if whole:
                 finished[part] = digest
