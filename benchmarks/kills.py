@@ -158,7 +158,7 @@ def measure(kills: int, seed: int, objective: str) -> dict[str, object]:
             _, end = in_child(lambda: digest(config, run))
             found["differing_runs"] += end != reference
             shutil.rmtree(run)
-    killed = [line.split()[3] for line in log.read_text().splitlines() if line.startswith("killed at")]
+    killed = [line.rpartition(" ")[2] for line in log.read_text().splitlines() if line.startswith("killed at")]
     in_checkpoint = sum(path.startswith("/checkpoints") for path in killed)
     shutil.rmtree(folder)
     return {
