@@ -303,8 +303,8 @@ class EvaluateConfig(Section):
     reference: Literal["training", "validation"] = Field("training", description="What samples are scored against.")
     samples: Count = Field(2_000, gt=1, description="Samples drawn.")
     labels: Literal["balanced", "random"] = Field("balanced", description="Class labels of the samples.")
-    metrics: tuple[Literal["fd", "kid", "precision", "recall"], ...] = Field(
-        ("fd", "kid", "precision", "recall"), min_length=1, description="What is computed."
+    metrics: tuple[Literal["fd", "sfid", "is", "kid", "precision", "recall"], ...] = Field(
+        ("fd", "kid", "precision", "recall"), min_length=1, description="What is computed; sfid, is: inception only."
     )
 
 

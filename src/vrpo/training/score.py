@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vrpo.config import RunConfig
 from vrpo.data.shards import ShardedDataset
-from vrpo.evaluation.evaluate import evaluate_images
+from vrpo.evaluation.evaluate import chosen_metrics, evaluate_images
 from vrpo.evaluation.reference import load_reference
 from vrpo.sampling import ImageSampler, sample_labels
 from vrpo.training.distributed import ALONE, World
@@ -43,6 +43,7 @@ class Scorer:
             device=device,
             dtype=torch.float32,
         )
+        chosen_metrics(settings.metrics, self._network)
         self._reference = load_reference(reference, self._network)
 
     def __call__(self) -> dict[str, Any]:
