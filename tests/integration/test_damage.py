@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from small_run import tiny_config
 
-from conftest import tiny_config
 from vrpo.errors import CheckpointError, ConfigError, DataError, VrpoError
 from vrpo.files import sha256_file
 from vrpo.runs import Run

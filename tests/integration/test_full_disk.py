@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from small_run import tiny_config, tiny_data
 
-from conftest import tiny_config, tiny_data
 from vrpo.cli import main
 from vrpo.config_load import to_yaml
 from vrpo.data.shards import verify_dataset

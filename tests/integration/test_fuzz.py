@@ -23,8 +23,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
+from small_run import tiny_config
 
-from conftest import tiny_config
 from vrpo.config_load import load_file, to_yaml, validate
 from vrpo.data.shards import ShardedDataset
 from vrpo.data.transforms import decode
