@@ -135,3 +135,30 @@ def test_data_that_does_not_fit_is_one_sentence(
     refused(ConfigError, "holds latents without pixels", objective="repa", data=bare_data)
     run(configure(make_config, latents, "none", data=bare_data), tmp_path / "bare-run")
     assert not (tmp_path / "run").exists()
+
+
+def test_repas_layout_trains_to_the_curve_of_the_images(make_config: Any, autoencoder: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from vrpo.vision.autoencoders import load_autoencoder
+
+    images, labels = pictures(24, 5)
+    network, told = load_autoencoder(str(autoencoder)), []
+    for part in ("images", "vae-sd"):
+        (tmp_path / "repa" / part / "00000").mkdir(parents=True)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        Image.fromarray(image).save(tmp_path / "repa" / "images" / "00000" / f"img{i:08d}.png")
+        posterior = network.encode(torch.from_numpy(image).permute(2, 0, 1)[None])[0]
+        np.save(tmp_path / "repa" / "vae-sd" / "00000" / f"img-mean-std-{i:08d}.npy", posterior.numpy())
+        told.append([f"00000/img-mean-std-{i:08d}.npy", int(label)])
+    (tmp_path / "repa" / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": told}))
+    options = {"size": 16, "workers": 1, "progress": False, "latents": LatentOptions(str(autoencoder))}
+    prepare(tmp_path / "repa", tmp_path / "from-repa", **options)
+    prepare(ArraySource(images, labels, CLASSES, "pixels"), tmp_path / "from-pixels", **options)
+    curves = []
+    for name in ("from-repa", "from-pixels"):
+        data = {"path": str(tmp_path / name), "validation": None}
+        run(configure(make_config, ("", ""), "repa", data=data), tmp_path / f"run-{name}")
+        curves.append([record["loss"] for record in records(tmp_path / f"run-{name}", "train")])
+    assert len(curves[0]) == 6
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)

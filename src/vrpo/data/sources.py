@@ -1,8 +1,8 @@
-"""Where images come from: folders, zip archives and arrays in memory, all in one deterministic order.
+"""Where images come from: folders, zip archives, arrays in memory and more, all in one deterministic order.
 
 A source lists its images without decoding any. Its order is the byte-wise order of their keys, so that the
 same files give the same data set on every machine. Another kind of source is one more row in
-``SOURCE_KINDS``.
+``SOURCE_KINDS`` or ``_other_kinds``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".
 _SPLIT_NAMES = frozenset({"dev", "test", "testing", "train", "training", "val", "valid", "validation"})
 
 
+Location = str | int | tuple[int, int] | tuple[str, str]
+"""Where an opener finds an entry: a path, a number, file and place in it, or the paths of its parts."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One image of a source: its key and class, its encoded size in bytes, and where the opener finds it.
@@ -37,7 +41,7 @@ class Entry:
     key: str
     label: int | None
     size: int
-    location: str | int | tuple[int, int]
+    location: Location
     checksum: int = 0
 
 
@@ -109,28 +113,48 @@ class SourceKind(NamedTuple):
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """List the images of an image folder or a zip archive.
+    """List the images of a source: image folder, zip, tar, parquet, REPA's or LightningDiT's folder, or the hub.
 
-    Images lie either all at the top (unlabelled) or all in sub-folders (one class each, sorted by name,
-    whatever lies deeper); folders that wrap everything are skipped. Hidden files and ``__MACOSX`` are passed
-    over silently, files with other suffixes are counted. Raises DataError where there is nothing to read or
-    the layout is ambiguous.
+    A name ``hf:OWNER/NAME`` is a data set of the Hugging Face hub. In a folder or zip, images lie either all at the top
+    (unlabelled) or all in sub-folders (one class each, sorted by name, whatever lies deeper); folders that wrap
+    everything are skipped. Hidden files and ``__MACOSX`` are passed over silently, files with other suffixes are
+    counted. Raises DataError where there is nothing to read or the layout is ambiguous.
     """
+    if os.fspath(path).startswith("hf:"):
+        from vrpo.data.parquet_source import fetch_from_hub, open_parquet
+
+        return open_parquet(fetch_from_hub(os.fspath(path)))
     location = Path(path).expanduser()
     if not location.exists():
         raise DataError(f"there is no '{location}': name a folder or a zip archive of images.")
     location = location.resolve()
-    for kind in SOURCE_KINDS:
+    for kind in (*_other_kinds(), *SOURCE_KINDS):
         if kind.accepts(location):
             return kind.open(location)
-    known = " or ".join(kind.name for kind in SOURCE_KINDS)
-    raise DataError(f"'{location}' is not a source that can be read: give a {known} of images.")
+    raise DataError(
+        f"'{location}' is not a source that can be read: give a folder or zip of images, tar or parquet files, or a "
+        "folder of REPA or LightningDiT."
+    )
 
 
-class _File(NamedTuple):
+def _other_kinds() -> tuple[SourceKind, ...]:
+    """Return the kinds of modules that build on this one; they are asked before plain folders."""
+    from vrpo.data import latent_folders, parquet_source, tar_source
+
+    return (
+        SourceKind("REPA's folder", latent_folders.is_repa_folder, latent_folders.open_repa),
+        SourceKind("LightningDiT's folder", latent_folders.is_latent_folder, latent_folders.open_latent_shards),
+        SourceKind("tar", tar_source.is_tar_source, tar_source.open_tar),
+        SourceKind("parquet", parquet_source.is_parquet_source, parquet_source.open_parquet),
+    )
+
+
+class ListedFile(NamedTuple):
+    """A file of a source before its class is known."""
+
     key: str
     size: int
-    location: str | int
+    location: Location
     checksum: int = 0
 
     def entry(self, label: int | None) -> Entry:
@@ -226,18 +250,18 @@ def ArraySource(
 
 
 def _open_folder(path: Path) -> Source:
-    files: list[_File] = []
+    files: list[ListedFile] = []
     ignored: Counter[str] = Counter()
-    for relative, size in _walk(path):
+    for relative, size in walk(path):
         suffix = os.path.splitext(relative)[1].lower()
         if suffix in IMAGE_SUFFIXES:
-            files.append(_File(_printable(relative.replace(os.sep, "/")), size, relative))
+            files.append(ListedFile(printable_name(relative.replace(os.sep, "/")), size, relative))
         else:
             ignored[suffix] += 1
-    return _arrange("folder", path, files, ignored, FolderOpener(path))
+    return arrange("folder", path, files, ignored, FolderOpener(path))
 
 
-def _walk(root: Path) -> Iterator[tuple[str, int]]:
+def walk(root: Path) -> Iterator[tuple[str, int]]:
     """Yield (relative path, size) of visible files; links are followed, a link to its own ancestor is not."""
 
     def visit(folder: str, prefix: str, ancestors: frozenset[tuple[int, int]]) -> Iterator[tuple[str, int]]:
@@ -247,7 +271,7 @@ def _walk(root: Path) -> Iterator[tuple[str, int]]:
             return
         with os.scandir(folder) as children:
             for child in children:
-                if _hidden(child.name):
+                if hidden(child.name):
                     continue
                 relative = os.path.join(prefix, child.name)
                 if child.is_dir():
@@ -269,14 +293,14 @@ def _open_archive(path: Path) -> zipfile.ZipFile:
 
 
 def _open_zip(path: Path) -> Source:
-    files: list[_File] = []
+    files: list[ListedFile] = []
     ignored: Counter[str] = Counter()
     seen: set[str] = set()
     with _open_archive(path) as archive:
         for index, member in enumerate(archive.infolist()):
-            key = _printable(member.filename.replace("\\", "/"))
+            key = printable_name(member.filename.replace("\\", "/"))
             _refuse_unsafe(path, key, member)
-            if key.endswith("/") or any(map(_hidden, key.split("/"))):
+            if key.endswith("/") or any(map(hidden, key.split("/"))):
                 continue
             suffix = os.path.splitext(key)[1].lower()
             if suffix not in IMAGE_SUFFIXES:
@@ -287,24 +311,28 @@ def _open_zip(path: Path) -> Source:
             if member.flag_bits & 1:
                 raise DataError(f"'{path}' is encrypted (member '{key}'): pack it again without a password.")
             seen.add(key)
-            files.append(_File(key, member.file_size, index, member.CRC))
-    return _arrange("zip", path, files, ignored, ZipOpener(path))
+            files.append(ListedFile(key, member.file_size, index, member.CRC))
+    return arrange("zip", path, files, ignored, ZipOpener(path))
 
 
 def _refuse_unsafe(path: Path, key: str, member: zipfile.ZipInfo) -> None:
     """Refuse members that would leave the archive's own folder: such an archive is damaged or hostile."""
-    if key.startswith("/") or key[1:2] == ":":
-        reason = "an absolute name"
-    elif ".." in key.split("/"):
-        reason = "a name with '..'"
-    elif stat.S_ISLNK(member.external_attr >> 16):
+    reason = unsafe_name(key)
+    if reason is None and stat.S_ISLNK(member.external_attr >> 16):
         reason = "a symbolic link"
-    else:
-        return
-    raise DataError(f"'{path}' has a member that is {reason} ('{key}'): pack it again with plain files only.")
+    if reason is not None:
+        raise DataError(f"'{path}' has a member that is {reason} ('{key}'): pack it again with plain files only.")
 
 
-def _arrange(kind: str, path: Path, files: list[_File], ignored: Counter[str], opener: Opener) -> Source:
+def unsafe_name(name: str) -> str | None:
+    """Return what is wrong with the name of an archive's member, or None."""
+    if name.startswith("/") or name[1:2] == ":":
+        return "an absolute name"
+    return "a name with '..'" if ".." in name.split("/") else None
+
+
+def arrange(kind: str, path: Path, files: list[ListedFile], ignored: Counter[str], opener: Opener) -> Source:
+    """Return the source of ``files``, whose classes are their folders; raises DataError for an ambiguous layout."""
     if not files:
         raise DataError(_nothing_found(path, ignored))
     files.sort(key=lambda file: file.key.encode())
@@ -343,11 +371,12 @@ def _nothing_found(path: Path, ignored: Counter[str]) -> str:
     return f"'{path}' holds no images: its {files} of other kinds ({suffixes}); give .png, .jpg or .webp files."
 
 
-def _hidden(name: str) -> bool:
+def hidden(name: str) -> bool:
+    """Whether a file or folder is passed over silently."""
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _printable(name: str) -> str:
+def printable_name(name: str) -> str:
     """Escape the bytes of a file name that are not UTF-8, so that keys can be printed and written as JSON."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 

@@ -79,8 +79,8 @@ def decode_entries(opener: Opener, entries: Sequence[Entry], work: Work) -> Deco
                 with opener.open(entry) as stream:
                     data = stream.read(limit)
                 pixels[len(kept)], was_upscaled = decode(data, work.size, work.max_pixels, work.exact)
-            if latents is not None:
-                latents[len(kept)] = cast(LatentOpener, opener).latents(entry)
+            if latents is not None and work.latents is not None:
+                latents[len(kept)] = cast(LatentOpener, opener).latents(entry)[: work.latents[0]]
         except MemoryError:
             raise
         except DataError as error:

@@ -1,0 +1,305 @@
+"""Tar, parquet, and the folders of REPA and LightningDiT: matched by key, and one sentence where they do not match."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pictures import encode, noise_image
+from safetensors.torch import save_file
+
+from autoencoder_files import save_autoencoder
+from vrpo.data.latents import LatentOptions
+from vrpo.data.prepare import prepare
+from vrpo.data.shards import ShardedDataset
+from vrpo.data.sources import open_source
+from vrpo.data.transforms import decode
+from vrpo.errors import ConfigError, DataError
+from vrpo.vision.autoencoders import load_autoencoder
+
+COUNT = 12
+
+
+@pytest.fixture(scope="module")
+def files() -> list[bytes]:
+    return [encode(noise_image(seed, 16, 16)) for seed in range(COUNT)]
+
+
+def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def make(source: Path | str, out: Path, **options) -> ShardedDataset:
+    prepare(source, out, **({"size": 16, "workers": 1, "progress": False} | options))
+    return ShardedDataset(out)
+
+
+def assert_rows(dataset: ShardedDataset, files: list[bytes], order: list[int], labels: list[int]) -> None:
+    pixels, told = dataset.read(np.arange(len(order)))
+    assert told is not None
+    assert told.tolist() == [labels[i] for i in order]
+    for row, i in enumerate(order):
+        np.testing.assert_array_equal(pixels[row].numpy(), decode(files[i], 16)[0])
+
+
+@pytest.mark.parametrize("kind", ["cls", "json"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_webdataset_shards(files: list[bytes], tmp_path: Path, kind: str, workers: int) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(2):
+        members = {}
+        for i in range(shard, COUNT, 2):
+            label = str(i % 3) if kind == "cls" else json.dumps({"label": i % 3, "caption": "a.b"})
+            # Labels come before or after their image, images in no order of names.
+            pair = {f"{COUNT - i:03d}.png": files[i], f"{COUNT - i:03d}.{kind}": label.encode()}
+            members |= dict(sorted(pair.items(), reverse=i % 4 < 2))
+        write_tar(folder / f"train-{shard}.tar", members)
+    dataset = make(folder, tmp_path / "out", workers=workers)
+    order = [i for shard in range(2) for i in sorted(range(shard, COUNT, 2), reverse=True)]
+    assert_rows(dataset, files, order, [i % 3 for i in range(COUNT)])
+    assert dataset.key(0) == f"train-0/{COUNT - order[0]:03d}.png"
+    assert dataset.class_names == ("0", "1", "2")
+
+
+def test_a_plain_tar_has_class_folders(files: list[bytes], tmp_path: Path) -> None:
+    members = {f"set/{'ba'[i % 2]}/{i:02d}.png": files[i] for i in range(COUNT)} | {"set/readme.txt": b""}
+    dataset = make(write_tar(tmp_path / "images.tar", members), tmp_path / "out")
+    order = [*range(1, COUNT, 2), *range(0, COUNT, 2)]
+    assert_rows(dataset, files, order, [1 - i % 2 for i in range(COUNT)])
+    assert dataset.class_names == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"02.cls": None}, "has an image '02.png' without a label '02.cls'"),
+        ({"02.png": None}, "has a label '02.cls' without an image '02'"),
+        ({"02.cls": b"two"}, "'02.cls' of .* holds no class"),
+        ({"02.cls": b"-1"}, "label -1 of '02'"),
+        ({"02.jpg": b"again"}, "two images of the key '02'"),
+        ({"../02.png": b"out"}, r"a name with '\.\.'"),
+    ],
+)
+def test_a_tar_that_does_not_match_is_named(files: list[bytes], tmp_path: Path, change, words: str) -> None:
+    members = {}
+    for i in range(4):
+        members |= {f"{i:02d}.png": files[i], f"{i:02d}.cls": str(i).encode()}
+    members = {name: content for name, content in (members | change).items() if content is not None}
+    with pytest.raises(DataError, match=words):
+        open_source(write_tar(tmp_path / "images.tar", members))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_a_tar_cut_off_is_refused(files: list[bytes], tmp_path: Path, share: float) -> None:
+    path = write_tar(tmp_path / "images.tar", {f"{i:02d}.png": content for i, content in enumerate(files)})
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(DataError, match="damaged, incomplete or compressed tar archive"):
+        open_source(path)
+
+
+def table(files: list[bytes], start: int, stop: int, features: bool = True, **columns):
+    pa = pytest.importorskip("pyarrow")
+    content = {
+        "image": [{"bytes": files[i], "path": f"{i}.png"} for i in range(start, stop)],
+        "label": [i % 3 for i in range(start, stop)],
+    } | columns
+    made = pa.table({name: values for name, values in content.items() if values is not None})
+    names = {"info": {"features": {"label": {"names": ["cat", "dog", "eel"], "_type": "ClassLabel"}}}}
+    return made.replace_schema_metadata({"huggingface": json.dumps(names)}) if features else made
+
+
+def write_table(path: Path, made) -> Path:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(exist_ok=True)
+    parquet.write_table(made, path, row_group_size=4)
+    return path
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_parquet_of_the_hub(files: list[bytes], tmp_path: Path, workers: int) -> None:
+    folder = tmp_path / "set" / "data"
+    folder.parent.mkdir()
+    write_table(folder / "train-00000-of-00002.parquet", table(files, 0, 7))
+    write_table(folder / "train-00001-of-00002.parquet", table(files, 7, COUNT))
+    dataset = make(folder.parent, tmp_path / "out", workers=workers)
+    assert_rows(dataset, files, list(range(COUNT)), [i % 3 for i in range(COUNT)])
+    assert dataset.class_names == ("cat", "dog", "eel")
+    assert dataset.key(8) == "train-00001-of-00002.parquet/00000001"
+
+
+def test_parquet_that_cannot_be_used_is_one_sentence(files: list[bytes], tmp_path: Path, monkeypatch) -> None:
+    plain = write_table(tmp_path / "plain.parquet", table(files, 0, 3, imag=["a", "b", "c"], image=None))
+    with pytest.raises(DataError, match=r"has no image column, .*; did you mean 'imag'"):
+        open_source(plain)
+    with pytest.raises(DataError, match="label 7, which is no class number"):
+        open_source(write_table(tmp_path / "label.parquet", table(files, 0, 3, label=[0, 7, 1])))
+    cut = write_table(tmp_path / "cut.parquet", table(files, 0, 3))
+    cut.write_bytes(cut.read_bytes()[:-100])
+    with pytest.raises(DataError, match="damaged or incomplete parquet file"):
+        open_source(cut)
+    for split in ("train", "test"):
+        write_table(tmp_path / "splits" / f"{split}-00000-of-00001.parquet", table(files, 0, 3))
+    with pytest.raises(DataError, match=r"several splits \(test, train\)"):
+        open_source(tmp_path / "splits")
+    with pytest.raises(ConfigError, match="hf:OWNER/NAME"):
+        open_source("hf:nonsense")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"pip install 'vrpo\[parquet\]'"):
+        open_source(plain)
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_autoencoder(tmp_path_factory.mktemp("autoencoder") / "kl", shift_factor=0.0)
+
+
+def write_repa(folder: Path, files: list[bytes], autoencoder: Path, images: bool = True) -> Path:
+    """Write what REPA's preprocessing writes, latents in the order opposite to that of the images."""
+    network = load_autoencoder(str(autoencoder))
+    labels = []
+    for i in reversed(range(len(files))):
+        place = f"{i // 8:05d}"
+        for part in ("images", "vae-sd"):
+            if images or part == "vae-sd":
+                (folder / part / place).mkdir(parents=True, exist_ok=True)
+        if images:
+            (folder / "images" / place / f"img{i:08d}.png").write_bytes(files[i])
+        pixels = torch.from_numpy(decode(files[i], 16)[0])[None]
+        np.save(folder / "vae-sd" / place / f"img-mean-std-{i:08d}.npy", network.encode(pixels)[0].numpy())
+        labels.append([f"{place}/img-mean-std-{i:08d}.npy", i % 3])
+    (folder / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return folder
+
+
+def test_repa_folder(files: list[bytes], autoencoder: Path, tmp_path: Path) -> None:
+    source = write_repa(tmp_path / "repa", files, autoencoder)
+    dataset = make(source, tmp_path / "out", workers=2)
+    assert_rows(dataset, files, list(range(COUNT)), [i % 3 for i in range(COUNT)])
+    assert dataset.latents is not None
+    assert (dataset.latents.autoencoder, dataset.latents.weights) == ("sd-vae-ft-mse", None)
+    assert dataset.manifest.normaliser is not None
+    assert dataset.manifest.normaliser.scale == (0.18215,) * 4
+    network = load_autoencoder(str(autoencoder))
+    expected = network.encode(torch.from_numpy(np.stack([decode(content, 16)[0] for content in files])))
+    torch.testing.assert_close(dataset.read_latents(np.arange(COUNT)).float(), expected, rtol=2**-10, atol=1e-4)
+    bare = make(write_repa(tmp_path / "bare", files, autoencoder, images=False), tmp_path / "bare-out")
+    assert not bare.holds_pixels
+    assert torch.equal(bare.read_latents(np.arange(COUNT)), dataset.read_latents(np.arange(COUNT)))
+
+
+def test_repa_latents_are_held_against_the_named_autoencoder(
+    files: list[bytes], autoencoder: Path, tmp_path: Path
+) -> None:
+    source = write_repa(tmp_path / "repa", files, autoencoder)
+    told = make(source, tmp_path / "out", latents=LatentOptions(str(autoencoder)))
+    assert told.latents is not None
+    assert told.latents.weights == load_autoencoder(str(autoencoder)).fingerprint
+    assert told.manifest.normaliser is not None
+    assert told.manifest.normaliser.scale == (0.5,) * 4
+    other = save_autoencoder(tmp_path / "other", seed=3)
+    with pytest.raises(DataError, match=r"of another autoencoder than .*other': those of '00000/img00000000' differ"):
+        make(source, tmp_path / "new", latents=LatentOptions(str(other)))
+    with pytest.raises(ConfigError, match="no latents of mirror images"):
+        make(source, tmp_path / "new", flip=True)
+    with pytest.raises(ConfigError, match="8 x 8, and --size 20 is no multiple"):
+        make(source, tmp_path / "new", size=20)
+    with pytest.raises(DataError, match="it is 16 x 16 pixels and not 32 x 32"):
+        make(source, tmp_path / "new", size=32)
+
+
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [
+        ("images/00000/img00000003.png", "has the latent '00000/img00000003' and no image of that name"),
+        ("vae-sd/00000/img-mean-std-00000003.npy", "has the image '00000/img00000003' and no latent of that name"),
+    ],
+)
+def test_repa_mismatches_are_named(
+    files: list[bytes], autoencoder: Path, tmp_path: Path, lost: str, words: str
+) -> None:
+    source = write_repa(tmp_path / "repa", files, autoencoder)
+    (source / lost).unlink()
+    with pytest.raises(DataError, match=words):
+        open_source(source)
+
+
+def test_repa_damage_is_named(files: list[bytes], autoencoder: Path, tmp_path: Path) -> None:
+    source = write_repa(tmp_path / "repa", files, autoencoder)
+    cut = source / "vae-sd" / "00000" / "img-mean-std-00000003.npy"
+    cut.write_bytes(cut.read_bytes()[:-40])
+    np.save(cut.with_name("img-mean-std-00000004.npy"), np.array([{}], dtype=object), allow_pickle=True)
+    bad = make(source, tmp_path / "out").manifest.bad
+    assert [(image.key, image.reason) for image in bad] == [
+        ("00000/img00000003", "its latents are cut off"),
+        ("00000/img00000004", "its latents are object and not rows of floats"),
+    ]
+    labels = json.loads((source / "vae-sd" / "dataset.json").read_text())
+    (source / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels["labels"][1:]}))
+    with pytest.raises(DataError, match="has the latent '00001/img00000011' and no label"):
+        open_source(source)
+
+
+def write_lightning(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    folder.mkdir()
+    latents, flips = torch.randn(2, 10, 6, 4, 4).mul(3).add(1).to(dtype)
+    for shard, part in enumerate(torch.arange(10).split(4)):
+        content = {"latents": latents[part].clone(), "latents_flip": flips[part].clone(), "labels": part % 5}
+        save_file(content, folder / f"latents_rank00_shard{shard:03d}.safetensors")
+    return latents, flips
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lightningdit_folder(tmp_path: Path, dtype: torch.dtype) -> None:
+    latents, flips = write_lightning(tmp_path / "latents", dtype)
+    dataset = make(tmp_path / "latents", tmp_path / "out", size=64, flip=True, workers=2)
+    rows = np.arange(10)
+    assert torch.equal(dataset.read_latents(rows), latents.half())
+    assert torch.equal(dataset.read_latents(rows, np.ones(10, dtype=bool)), flips.half())
+    assert dataset.labels() is not None
+    assert list(dataset.labels()) == [i % 5 for i in range(10)]  # type: ignore[arg-type]
+    assert (dataset.in_channels, dataset.input_size, dataset.image_size) == (6, 4, 64)
+    assert dataset.manifest.normaliser is not None
+    both = torch.cat([latents, flips]).half().double()
+    torch.testing.assert_close(
+        torch.tensor(dataset.manifest.normaliser.scale, dtype=torch.float64),
+        1 / both.std((0, 2, 3), correction=0),
+    )
+    assert dataset.key(5) == "latents_rank00_shard001.safetensors/000001"
+
+
+def test_lightningdit_statistics_and_damage(tmp_path: Path) -> None:
+    folder = tmp_path / "latents"
+    write_lightning(folder)
+    statistics = {"mean": torch.full((1, 6, 1, 1), 0.5), "std": torch.full((1, 6, 1, 1), 4.0)}
+    torch.save(statistics, folder / "latents_stats.pt")
+    normaliser = make(folder, tmp_path / "out", size=64).manifest.normaliser
+    assert normaliser is not None
+    assert (normaliser.shift, normaliser.scale) == ((0.5,) * 6, (0.25,) * 6)
+    torch.save({"mean": print}, folder / "latents_stats.pt")
+    with pytest.raises(DataError, match="holds no mean and std of 6 channels"):
+        open_source(folder)
+    (folder / "latents_stats.pt").unlink()
+    with pytest.raises(ConfigError, match="does not say how its latents are scaled"):
+        make(folder, tmp_path / "new", size=64, latents=LatentOptions(normalise="autoencoder"))
+    shard = folder / "latents_rank00_shard001.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"shard001.safetensors' is a damaged or incomplete"):
+        open_source(folder)
+    save_file({"latents": torch.zeros(4, 6, 4, 4), "labels": torch.arange(4)}, shard)
+    with pytest.raises(DataError, match=r"shard001.safetensors' holds no 'latents_flip'"):
+        open_source(folder)
