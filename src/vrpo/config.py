@@ -264,6 +264,10 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Autocast precision of the trunk.")
     compile: bool = Field(False, description="Compile each block.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    parallel: Literal["ddp", "fsdp", "hybrid"] = Field(
+        "ddp", description="Weights of several processes: a copy each, shards, or shards within each machine."
+    )
+    shard_size: int = Field(0, ge=0, description="Processes to a sharded copy when hybrid; 0: those of one machine.")
     log_every: Count = Field(0, description="Images between telemetry records; 0: 50 steps.")
     validate_every: Count = Field(0, description="Images between held-out losses.")
     validation_images: Count = Field(1024, gt=0, description="Held-out images scored each time.")
@@ -271,6 +275,7 @@ class TrainConfig(Section):
     evaluate_every: Count = Field(0, description="Images between small evaluations of samples.")
     checkpoint_every: Count = Field(0, description="Images between checkpoints; 0: at the end only.")
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept.")
+    keep_every: Count = Field(0, description="Images between checkpoints that are kept for good.")
     stop_after_bad: int = Field(20, ge=1, description="Non-finite steps in a row that end the run.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import traceback
 from collections.abc import Callable
@@ -67,17 +68,32 @@ def _serve(connection: Any) -> None:
             connection.send((False, traceback.format_exc()))
 
 
-def train(config: dict[str, Any], folder: Path, resume: bool = False) -> tuple[str, list[str], bool]:
-    """Train in this process's place, and return how it ended, what was said, and whether an error is silent."""
+def train(
+    config: dict[str, Any], folder: Path, resume: bool = False, images: int | None = None
+) -> tuple[str, list[str], bool, list[int]]:
+    """Train in this process's place, up to ``images`` if given.
+
+    Returns how it ended, what was said, whether an error is silent, and the rows of the data set that were trained on.
+    """
     from vrpo.config_load import validate
     from vrpo.errors import VrpoError
     from vrpo.training.distributed import connect
     from vrpo.training.trainer import Trainer
 
     said: list[str] = []
+    rows: list[int] = []
     with connect() as world:
         try:
             trainer = Trainer(validate(config, "the test"), folder, resume=resume, say=said.append, world=world)
-            return trainer.train().status, said, False
+            step = trainer._train_step
+
+            def watched(batch: Any) -> None:
+                rows.extend(batch.indices.tolist())
+                step(batch)
+                if images is not None and trainer.images + trainer.config.train.batch_size >= images:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+            trainer._train_step = watched  # type: ignore[method-assign]
+            return trainer.train().status, said, False, rows
         except VrpoError as error:
-            return f"{type(error).__name__}: {error}", said, error.silent
+            return f"{type(error).__name__}: {error}", said, error.silent, rows

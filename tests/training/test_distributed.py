@@ -51,31 +51,56 @@ def numbers(value: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "align",
+    ("align", "size", "train"),
     [
-        {"objective": "repa"},
-        {"objective": "vrpo", "vrpo": {"warmup": 0.2}},
-        {"objective": "vrpo", "depth": [1, 2], "vrpo": {"warmup": 0.2, **SAMPLED}},
-        {"objective": "haste", "haste": {"stop": "fixed", "stop_images": 48}},
+        ({"objective": "repa"}, 4, {"micro_batch": 1}),
+        ({"objective": "repa"}, 4, {"parallel": "hybrid", "shard_size": 2}),
+        ({"objective": "vrpo", "vrpo": {"warmup": 0.2}}, 2, {}),
+        ({"objective": "vrpo", "vrpo": {"warmup": 0.2}}, 2, {"parallel": "fsdp", "micro_batch": 2}),
+        ({"objective": "vrpo", "depth": [1, 2], "vrpo": {"warmup": 0.2, **SAMPLED}}, 2, {"micro_batch": 2}),
+        ({"objective": "haste", "haste": {"stop": "fixed", "stop_images": 48}}, 2, {"micro_batch": 2}),
     ],
-    ids=["repa", "vrpo", "vrpo-sampled", "haste-that-ends"],
+    ids=["repa", "repa-hybrid", "vrpo", "vrpo-fsdp", "vrpo-sampled", "haste-that-ends"],
 )
-def test_processes_train_as_one(align: dict[str, Any], team: Team, make_config: Any, tmp_path: Path) -> None:
-    train = {"validate_every": 48, "sample_every": 48, "validation_images": 30}
-    config = make_config(align=align, train=train)
-    alone(config, tmp_path / "one")
-    split = make_config(align=align, train={**train, "micro_batch": 2})
-    for size in (2, 4) if align["objective"] == "repa" else (2,):
-        folder = tmp_path / str(size)
-        answers = team.run(size, team_module.train, split.model_dump(mode="json"), folder)
-        assert [status for status, _, _ in answers] == ["finished"] * size
-        assert all(not said for _, said, _ in answers[1:]), "only the first process speaks"
-        assert any(f"divided among {size} processes: {8 // size} each" in sentence for sentence in answers[0][1])
-        assert_same_curve(tmp_path / "one", folder)
-        for name in ("denoising", "alignment"):
-            found = [[record[name] for record in records(run, "validation")] for run in (tmp_path / "one", folder)]
-            assert found[0] == pytest.approx(found[1], abs=1e-5)
-        assert len(records(folder, "samples")) == 3
+def test_processes_train_as_one(
+    align: dict[str, Any], size: int, train: dict[str, Any], team: Team, make_config: Any, tmp_path: Path
+) -> None:
+    observed = {"validate_every": 48, "sample_every": 48, "validation_images": 30}
+    alone(make_config(align=align, train=observed), tmp_path / "one")
+    config = make_config(align=align, train={**observed, **train})
+    folder = tmp_path / "several"
+    answers = team.run(size, team_module.train, config.model_dump(mode="json"), folder)
+    assert [status for status, *_ in answers] == ["finished"] * size
+    assert all(not said for _, said, *_ in answers[1:]), "only the first process speaks"
+    assert any(f"divided among {size} processes: {8 // size} each" in sentence for sentence in answers[0][1])
+    assert_same_curve(tmp_path / "one", folder)
+    for name in ("denoising", "alignment"):
+        found = [[record[name] for record in records(run, "validation")] for run in (tmp_path / "one", folder)]
+        assert found[0] == pytest.approx(found[1], abs=1e-5)
+    assert len(records(folder, "samples")) == 3
+
+
+@pytest.mark.parametrize("objective", ["repa", "vrpo"])
+def test_a_run_passes_from_one_to_many_and_back(objective: str, team: Team, make_config: Any, tmp_path: Path) -> None:
+    """1, 2, 4 and 1 processes in turn, whole and sharded: every image once an epoch, one loss curve, one layout."""
+    align = {"objective": objective, "vrpo": {"warmup": 0.2}}
+    alone(make_config(align=align, train={"images": 192, "log_every": 8}), tmp_path / "one")
+    seen: list[int] = []
+    stations = [(1, "ddp", 48), (2, "fsdp", 96), (4, "ddp", 144), (1, "fsdp", None)]
+    for size, parallel, images in stations:
+        config = make_config(align=align, train={"images": 192, "log_every": 8, "parallel": parallel}).model_dump(
+            mode="json"
+        )
+        answers = team.run(size, team_module.train, config, tmp_path / "passed", bool(seen), images)
+        status = "finished" if images is None else "stopped"
+        assert [answer[0] for answer in answers] == [status] * size
+        # Of each step, the rows of all processes in order.
+        steps = zip(*(np.reshape(rows, (-1, 8 // size)).tolist() for *_, rows in answers), strict=True)
+        seen += [row for step in steps for part in step for row in part]
+    assert len(seen) == 192
+    assert sorted(seen[:90]) == list(range(90)), "an epoch holds every image once"
+    assert sorted(seen[90:180]) == list(range(90))
+    assert_same_curve(tmp_path / "one", tmp_path / "passed")
 
 
 def test_share_of_a_step() -> None:
@@ -91,6 +116,6 @@ def test_share_of_a_step() -> None:
 def test_a_refusal_is_one_sentence(team: Team, make_config: Any, tmp_path: Path) -> None:
     config = make_config(train={"batch_size": 9}).model_dump(mode="json")
     answers = team.run(2, team_module.train, config, tmp_path / "run")
-    assert len({status for status, _, _ in answers}) == 1
+    assert len({status for status, *_ in answers}) == 1
     assert "batch_size 9 does not divide among 2 processes" in answers[0][0]
-    assert [silent for _, _, silent in answers] == [False, True]
+    assert [silent for _, _, silent, _ in answers] == [False, True]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,17 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
+def save_checkpoint(
+    run: Path,
+    checkpoint: Checkpoint,
+    keep: int,
+    keep_every: int = 0,
+    write: Callable[[Path, dict[str, Tensor]], None] | None = None,
+) -> Path:
     """Write ``RUN/checkpoints/step-N`` and prune older ones beyond ``keep``.
 
-    The folder gets its name only when every file in it is on disk; ``latest`` then points to it.
+    The folder gets its name only when every file in it is on disk; ``latest`` then points to it. Of every
+    ``keep_every`` images one checkpoint is kept for good. ``write`` makes one part's safetensors file.
 
     Raises:
         CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
@@ -46,7 +54,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
         hashes = {}
         for part in PARTS:
             path = temporary / f"{part}.safetensors"
-            save_tensors(path, checkpoint.tensors[part])
+            (write or save_tensors)(path, checkpoint.tensors[part])
             hashes[path.name] = sha256_file(path)
         write_text(temporary / "state.json", json.dumps(seal({**checkpoint.state, "sha256": hashes}), indent=1))
         sync_folder(temporary)
@@ -59,10 +67,25 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
             f"the checkpoint at step {checkpoint.state['step']} could not be written to {folder} "
             f"({explain_os_error(error)}): earlier checkpoints are kept; make room and go on with --resume."
         ) from error
-    others = [path for path in find_checkpoints(run) if path != target]
-    for old in others[keep - 1 :]:
-        shutil.rmtree(old, ignore_errors=True)
+    _prune(run, target, keep, keep_every)
     return target
+
+
+def _prune(run: Path, newest: Path, keep: int, keep_every: int) -> None:
+    """Remove checkpoints but the ``keep`` newest and the first beyond each multiple of ``keep_every`` images."""
+    lasting, passed = set(), 0
+    for path in reversed(find_checkpoints(run)) if keep_every else ():
+        try:
+            images = int(read_state(path)["images"])
+        except (CheckpointError, KeyError):
+            continue
+        if images // keep_every > passed:
+            passed = images // keep_every
+            lasting.add(path)
+    others = [path for path in find_checkpoints(run) if path != newest]
+    for old in others[keep - 1 :]:
+        if old not in lasting:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def find_checkpoints(run: Path) -> list[Path]:

@@ -20,6 +20,8 @@ FREE_KEYS = (
     "data.verify",
     "train.device",
     "train.compile",
+    "train.parallel",
+    "train.shard_size",
     "train.keep_checkpoints",
 )
 FREE_ENDINGS = ("_every", "encoder.weights")

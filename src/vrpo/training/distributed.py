@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -202,9 +202,16 @@ def connect() -> Iterator[World]:
             f"process {world.rank} could not join the other {world.size - 1} ({reason}): start all of them with one "
             "torchrun command, the same rendezvous on every node."
         ) from error
-    yield World(world.rank, world.size, world.local_rank, world.local_size, group)
-    # After an error that only this process knows of, the others cannot answer: then the launcher ends them.
-    dist.destroy_process_group()
+    together = True
+    try:
+        yield replace(world, group=group)
+    except BaseException as error:
+        together = getattr(error, "shared", False)
+        raise
+    finally:
+        # NCCL would wait for processes that do not know of an error; gloo closes its connections, which they notice.
+        if together or backend == "gloo":
+            dist.destroy_process_group()
 
 
 def _from_environment(environment: Mapping[str, str]) -> World | None:

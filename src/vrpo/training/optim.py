@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,10 @@ class Optimizer:
         self.config = config
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         # The fused kernel takes `found_inf` on the device: that is what skips a step without asking the host.
+        # Kernels over lists take tensors of one kind: shards (of the trunk, which come first) or whole ones.
+        kinds = [part for part in split_by_kind(self.parameters) if part]
         self.adamw = torch.optim.AdamW(
-            self.parameters,
+            [{"params": part} for part in kinds],
             lr=config.lr,
             betas=config.betas,
             weight_decay=config.weight_decay,
@@ -48,12 +51,14 @@ class Optimizer:
         """Apply the accumulated gradients, clear them, and return their global norm (unscaled, before clipping)."""
         present = [parameter for parameter in self.parameters if parameter.grad is not None]
         gradients = [parameter.grad for parameter in present if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) / self.scale
+        norm = total_norm(gradients) / self.scale
         bad = (~torch.isfinite(norm)).float()
         factor = 1.0 / self.scale
         if self.config.clip:
             factor = factor * (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, factor)
+        for part in split_by_kind(gradients):
+            if part:
+                torch._foreach_mul_(part, factor)
         for group in self.adamw.param_groups:
             group["lr"] = self.learning_rate(images)
         self.adamw.found_inf = bad  # type: ignore[attr-defined]
@@ -87,13 +92,51 @@ class Optimizer:
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what ``state`` returned."""
+        """Take back what ``state`` returned, whole tensors whatever is sharded here."""
         for name in ("scale", "good_steps", "skipped", "skipped_in_a_row"):
-            getattr(self, name).copy_(tensors[name])
+            getattr(self, name).copy_(tensors[name].reshape(()))
         states: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             index, _, name = key.partition(".")
             if name:
-                states.setdefault(int(index), {})[name] = value
+                states.setdefault(int(index), {})[name] = (
+                    value.reshape(()) if name == "step" else shard_like(self.parameters[int(index)], value)
+                )
         groups = self.adamw.state_dict()["param_groups"]
         self.adamw.load_state_dict({"state": states, "param_groups": groups})
+
+
+T = TypeVar("T", bound=Tensor)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is one process's part of a larger one (a DTensor, whose module takes seconds to load)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def split_by_kind(tensors: Sequence[T]) -> tuple[list[T], list[T]]:
+    """Return the sharded tensors and the others, each in their order."""
+    sharded = [tensor for tensor in tensors if is_sharded(tensor)]
+    return sharded, [tensor for tensor in tensors if not is_sharded(tensor)]
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the Euclidean norm of all gradients together, shards of other processes included."""
+    sharded, others = split_by_kind(gradients)
+    if not sharded:
+        return torch.nn.utils.get_total_norm(others)
+    norms = [torch.nn.utils.get_total_norm(sharded).full_tensor()]  # type: ignore[attr-defined]
+    if others:
+        norms.append(torch.nn.utils.get_total_norm(others))
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def shard_like(parameter: Any, value: Tensor) -> Tensor:
+    """Return this process's shard of the whole tensor ``value`` where ``parameter`` is sharded."""
+    if not is_sharded(parameter):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    # Every process has the whole tensor, so none needs to send.
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -23,14 +23,7 @@ from vrpo.decoding import decoder_of_state, latent_state
 from vrpo.errors import CheckpointError, ConfigError, DataError, EvaluationError
 from vrpo.files import is_unfinished, load_into, write_text
 from vrpo.sampling import DTYPES, ImageSampler
-from vrpo.training.checkpoint import (
-    Checkpoint,
-    find_checkpoints,
-    find_newest,
-    load_checkpoint,
-    save_checkpoint,
-    step_of,
-)
+from vrpo.training.checkpoint import Checkpoint, find_checkpoints, find_newest, load_checkpoint, step_of
 from vrpo.training.claim import claim_folder
 from vrpo.training.distributed import ALONE, SharedSignal, World, describe_share, share
 from vrpo.training.ema import Ema
@@ -44,6 +37,7 @@ from vrpo.training.step import DenoisingStep, draw_step
 from vrpo.training.stop import StopRequest
 from vrpo.training.telemetry import BinnedMean, Journal, Meter, Stopwatch, Window, memory_mb, plain
 from vrpo.training.trouble import Watch, name_samples, name_terms
+from vrpo.training.writer import CheckpointWriter
 from vrpo.untrusted import seal, seal_text
 from vrpo.vision.autoencoders import Decoder, Pixels
 
@@ -115,10 +109,13 @@ class Trainer:
         if world.size > 1:
             self.say(describe_share(self.share, world))
         self.ema = Ema(parts.trunk, train.ema)
-        self.optimizer = Optimizer([*parts.trunk.parameters(), *parts.objective.parameters()], train, parts.device)
         self.prototypes = Prototypes(parts.num_classes, parts.targets.widths, parts.device)
-        if resume:
-            self._resume(rewind)
+        checkpoint = self._resume(rewind) if resume else None
+        with world.agreed():
+            self.parallel = Parallel(parts.trunk, self.ema.network, parts.objective, train, world, parts.device)
+        self.optimizer = Optimizer([*parts.trunk.parameters(), *parts.objective.parameters()], train, parts.device)
+        if checkpoint is not None:
+            self.optimizer.load_state(checkpoint.tensors["optimizer"])
         if config.data.verify:
             with world.agreed():
                 parts.verify_data(world, progress if world.first else None)
@@ -126,7 +123,6 @@ class Trainer:
         with world.in_turn():
             means = run / "target_means.safetensors"
             parts.targets.fit_means(parts.dataset, means, resumed=self.step > 0 or not world.first)
-        self.parallel = Parallel(parts.trunk, parts.objective, world, parts.device)
         self.module = DenoisingStep(parts.trunk, parts.objective, parts.denoising, DTYPES[train.precision])
         self.module.run_trunk = self.parallel.trunk
         if train.compile:
@@ -151,6 +147,7 @@ class Trainer:
             self._validate = Validation(
                 config, parts.held_out, parts.denoising, parts.targets, depths, parts.device, world
             )
+        self._writer = CheckpointWriter(run, train.keep_checkpoints, train.keep_every, world, self.parallel.sharded)
         with world.agreed():
             self._scorer = self._build_scorer()
         self._meter, self._by_time = Meter(world), BinnedMean(TIME_BINS, parts.device, world)
@@ -198,8 +195,10 @@ class Trainer:
             except (EvaluationError, ConfigError, DataError, OSError) as error:
                 if self.world.size == 1 or getattr(error, "shared", False):
                     self.save()  # what went wrong beside training must not cost what was trained
+                    self._writer.wait()
                 raise
             self.save()
+            self._writer.wait()
         status = "finished" if finished else "stopped"
         stopped_by = max(self.world.gather(stop.signal or 0)) or None
         self._write_facts(status)
@@ -326,6 +325,7 @@ class Trainer:
             record["alignment"] = logs.pop("alignment")
         record.update({f"objective/{name}": value for name, value in logs.items()})
         self._write(journal, "train", **record)
+        self._writer.check()
         if self._display is not None:
             self._display(Report(self.step, self.images, self.config.train.images, record))
         in_a_row = int(optimizer.skipped_in_a_row.item())
@@ -363,8 +363,8 @@ class Trainer:
 
     # -- beginning, end, and beginning again --------------------------------------------------------------------------
 
-    def save(self) -> Path:
-        """Write a checkpoint."""
+    def save(self) -> None:
+        """Begin to write a checkpoint."""
         tensors = {
             "model": self.parts.trunk.state_dict(),
             "ema": self.ema.network.state_dict(),
@@ -383,22 +383,24 @@ class Trainer:
             "seed": self.config.seed,
             "passed": self.passed,
         }
-        checkpoint, keep = Checkpoint(tensors, state), self.config.train.keep_checkpoints
-        return self.world.ask_first(lambda: save_checkpoint(self.run, checkpoint, keep))
+        self._writer.save(tensors, state)
 
-    def _resume(self, rewind: int | None) -> None:
+    def _resume(self, rewind: int | None) -> Checkpoint | None:
+        """Take weights and counters from the newest checkpoint that verifies, and return it; None if there is none."""
         if rewind is not None:
             self.say(self.world.ask_first(lambda: rewind_run(self.run, rewind, self.config.train.batch_size)))
         self.world.ask_first(lambda: set_aside_rewound(self.run))
         found = self.world.ask_first(lambda: find_newest(self.run))
         if found is None:
             self.say(f"{self.run} has no checkpoint: starting from the beginning.")
-            return
+            return None
         path, complaints = found
         for complaint in complaints:
             self.say(f"Passed over a checkpoint: {complaint}")
         with self.world.agreed():
-            self._take(load_checkpoint(path))
+            checkpoint = load_checkpoint(path)
+            self._take(checkpoint)
+        return checkpoint
 
     def _take(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint."""
@@ -414,7 +416,6 @@ class Trainer:
         load_into(self.parts.trunk, checkpoint.tensors["model"], where)
         load_into(self.ema.network, checkpoint.tensors["ema"], where)
         load_into(self.parts.objective, self.prototypes.load(checkpoint.tensors["objective"]), where)
-        self.optimizer.load_state(checkpoint.tensors["optimizer"])
         self.step, self.images, self.seconds = state["step"], state["images"], state["seconds"]
         self.passed = passed_at(read_rewinds(self.run), self.step)
         if self.images > self.config.train.images + self.config.train.batch_size:
