@@ -88,6 +88,8 @@ class Contender:
 
 
 SAMPLED = {"vrpo": {"mode": "sampled", "group": 8}}
+# The encoder still supplies, so that every step tries the other supplier.
+TRIAL = {"supply": "advantage", "earliest": 1.0, "latest": 1.0}
 CONTENDERS = {
     "none": Contender("none"),
     "repa": Contender("repa"),
@@ -96,6 +98,10 @@ CONTENDERS = {
     "haste": Contender("haste"),
     "vrpo analytic": Contender("vrpo"),
     "vrpo sampled": Contender("vrpo", changes=SAMPLED),
+    "repi": Contender("repi"),
+    "repa, scaffold trial": Contender("repa", changes={"scaffold": TRIAL}),
+    "reg": Contender("reg"),
+    "vrpo, scaffold trial and token": Contender("vrpo", changes={"scaffold": TRIAL, "token": {"use": True}}),
     "repa online": Contender("repa", "repa online", online=True),
     "vrpo analytic online": Contender("vrpo", "repa online", online=True),
     "repa online, 4 noisings": Contender("repa", "repa online", noisings=4, online=True),
@@ -106,13 +112,16 @@ CONTENDERS = {
 class Bench:
     """What the contenders of one case share: trunk, its moving average and optimiser state, data."""
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: Case, device: torch.device, token: bool = False) -> None:
+        """Build the trunk, with a representation token or without."""
         self.case, self.device = case, device
         torch.manual_seed(0)
         self.trunk: DiffusionTransformer = build_transformer(
             case.model, input_size=case.size, in_channels=case.channels, num_classes=case.classes
-        ).to(device)
-        self.trunk.train()
+        )
+        if token:
+            self.trunk.add_token(case.width)
+        self.trunk.to(device).train()
         self.ema = Ema(self.trunk, 0.9999)
         self.trunk_state: dict[nn.Parameter, Any] = {}
         shape = (case.batch, case.channels, case.size, case.size)
@@ -121,6 +130,7 @@ class Bench:
         pictures = (case.batch, 3, case.image_size, case.image_size)
         self.images = torch.randint(256, pictures, dtype=torch.uint8, device=device)
         self.targets = torch.randn(case.batch, self.trunk.num_tokens, case.width, device=device)
+        self.class_tokens = torch.randn(case.batch, case.width, device=device)
         self.encoder: Encoder | None = None
 
     def online_encoder(self) -> Encoder:
@@ -135,9 +145,8 @@ class Bench:
 class Runner:
     """One contender, ready to take steps."""
 
-    def __init__(self, bench: Bench, contender: Contender) -> None:
-        self.bench, self.contender = bench, contender
-        self.config = _config(bench.case, contender)
+    def __init__(self, bench: Bench, contender: Contender, config: RunConfig) -> None:
+        self.bench, self.contender, self.config = bench, contender, config
         self.encoder = bench.online_encoder() if contender.online else None
         _, size, _ = parse_model_name(bench.case.model)
         torch.manual_seed(1)
@@ -149,6 +158,7 @@ class Runner:
             encoder_widths=(bench.case.width if self.encoder is None else self.encoder.width,),
             tokens=bench.trunk.num_tokens,
             num_heads=SIZES[size].num_heads,
+            key_value_widths=(bench.case.width, bench.case.width),
         ).to(bench.device)
         train = self.config.train
         self.optimizer = Optimizer([*bench.trunk.parameters(), *self.objective.parameters()], train, bench.device)
@@ -164,7 +174,11 @@ class Runner:
         targets = TargetBatch()
         if self.contender.objective != "none":
             tokens = bench.targets[rows] if self.encoder is None else self.encoder.tokens(bench.images[rows])
-            targets = TargetBatch((_repeat(tokens, noisings),))
+            tokens = _repeat(tokens, noisings)
+            # As of an encoder without attention, whose tokens serve as keys and values.
+            attended = () if self.config.align.supply == "none" else (tokens,)
+            classes = (_repeat(bench.class_tokens[rows], noisings),) if self.config.align.uses_token else ()
+            targets = TargetBatch((tokens,), attended, attended, classes)
         draws = draw_step(
             0,
             self.steps,
@@ -173,6 +187,7 @@ class Runner:
             noisings=noisings,
             label_dropout=self.config.model.label_dropout,
             device=bench.device,
+            token_width=bench.trunk.token_width,
         )
         output = self.module(
             _repeat(bench.clean[rows], noisings),
@@ -252,10 +267,14 @@ def measure(case: Case, names: Sequence[str], device: torch.device, say: Callabl
     Raises:
         ConfigError: a contender that does not fit the case.
     """
-    bench = Bench(case, device)
+    benches: dict[bool, Bench] = {}
     runners = {}
     for name in names:
-        runner = runners[name] = Runner(bench, CONTENDERS[name])
+        config = _config(case, CONTENDERS[name])
+        token = config.align.uses_token
+        if token not in benches:
+            benches[token] = Bench(case, device, token)
+        runner = runners[name] = Runner(benches[token], CONTENDERS[name], config)
         runner.share_trunk_state()
         for _ in range(WARMUP):
             runner.step()

@@ -37,6 +37,7 @@ def _sampled(name: str, about: str, **changes: str | float | bool) -> Variant:
     return _vrpo(name, about, mode="sampled", **changes)
 
 
+SCAFFOLD = {"align.scaffold.supply": "advantage"}
 _TABLE = [
     Variant("none", "none", {}, "plain denoising"),
     Variant("repa", "repa", {}, "the baseline"),
@@ -46,6 +47,23 @@ _TABLE = [
     Variant("repi", "repi", {}, "REPA and a scaffold under a clock"),
     Variant("reg", "reg", {}, "REPA and a representation token"),
     Variant("repi-reg", "repi", {"align.token.use": "True"}, "both"),
+    Variant(
+        "reg-noisings-4", "reg", {"train.noisings": "4", "align.token.pair": "time"}, "REG, 4 noisings of one time"
+    ),
+    Variant("vrpo-scaffold", "vrpo", SCAFFOLD, "VRPO and the scaffold by advantage"),
+    Variant("vrpo-clock", "vrpo", {"align.scaffold.supply": "clock"}, "VRPO and REPI's scaffold"),
+    Variant("vrpo-token", "vrpo", {"align.token.use": "True"}, "VRPO and a representation token"),
+    Variant("vrpo-scaffold-token", "vrpo", SCAFFOLD | {"align.token.use": "True"}, "VRPO, both inside the trunk"),
+    Variant("repa-scaffold", "repa", SCAFFOLD, "REPA and the scaffold by advantage"),
+    *(
+        Variant(
+            f"vrpo-token-policy-{pair}",
+            "vrpo",
+            {"align.token.use": "True", "align.token.tau": "1", "align.token.pair": pair, "train.noisings": "4"},
+            f"VRPO and the token policy, 4 noisings that share {shared}",
+        )
+        for pair, shared in (("time", "their time"), ("noise", "time and image noise"))
+    ),
     Variant("vrpo", "vrpo", {}, "the method at its defaults"),
     _vrpo(
         "vrpo-as-repa",

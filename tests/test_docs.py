@@ -204,8 +204,9 @@ def test_the_telemetry_table_names_what_is_logged() -> None:
             kind = next((kind for kind in ("reward", "spread", "dropped") if name.startswith(f"{kind}_")), None)
             expected.add(f"objective/{kind}_NAME" if kind else f"objective/{name}")
     expected = expected - {"objective/alignment"} | {"alignment"}
-    of_the_trainer = {"alignment_loss", "denoising_by_time", "objective_share"}
-    assert documented == expected | of_the_trainer | {"objective/image_distance"}
+    of_the_trainer = {"alignment_loss", "token_loss", "denoising_by_time", "objective_share"}
+    inside = {f"objective/{name}" for name in logged_inside_the_trunk()}
+    assert documented == expected | of_the_trainer | inside | {"objective/image_distance"}
     written = (ROOT / "src" / "vrpo" / "training" / "trainer.py").read_text("utf-8")
     assert all(f'"{name}"' in written for name in of_the_trainer)
 
@@ -231,6 +232,21 @@ def logged(mode: str) -> dict[str, torch.Tensor]:
     (tapped.square().mean() + extra).backward()
     objective.update()
     return objective.logs()
+
+
+def logged_inside_the_trunk() -> set[str]:
+    """Return what scaffold and token log beside the objective that they come with."""
+    from vrpo.alignment.objective import Objective
+    from vrpo.alignment.scaffold import WithScaffold
+    from vrpo.alignment.token import WithToken
+
+    scaffold = WithScaffold(
+        Objective(), ScaffoldConfig(), by_advantage=True, depth=1, hidden_size=4, num_heads=1, key_width=2,
+        value_width=2,
+    )  # fmt: skip
+    objective = WithToken(scaffold, TokenConfig(tau=1.0))
+    objective.update()
+    return set(objective.logs())
 
 
 def test_the_ablations_are_variants_of_the_benchmark() -> None:

@@ -61,6 +61,9 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Moment = Annotated[float, Field(ge=0, lt=1)]
 
 
+Pairing = Literal["none", "time", "noise"]
+
+
 class Section(BaseModel):
     """Base of every part of the tree."""
 
@@ -190,6 +193,22 @@ class TokenConfig(Section):
 
     use: bool | None = Field(None, description="Train and sample it; None: with objective reg.")
     weight: float = Field(0.03, ge=0, description="Weight of its velocity loss beside the image's.")
+    tau: float | None = Field(
+        None, gt=0, description="Temperature of weights by the image's fidelity among its noisings; None: all equal."
+    )
+    clip: float = Field(4.0, ge=1, description="Largest exp(A/tau).")
+    sigma0: float = Field(0.25, gt=0, description="Floor of the advantage's denominator.")
+    pair: Literal["auto", "none", "time", "noise"] = Field(
+        "auto",
+        description="What an image's noisings share: time, or time and image noise; auto: time where tau is set.",
+    )
+
+    @property
+    def pairing(self) -> Pairing:
+        """What an image's noisings share."""
+        if self.pair == "auto":
+            return "none" if self.tau is None else "time"
+        return self.pair
 
 
 class ScaffoldConfig(Section):

@@ -9,8 +9,9 @@ import torch
 from toy import BATCH, CHANNELS, SIDE, TOKENS, Data, trunk
 
 from vrpo.alignment.build import build_objective
-from vrpo.alignment.objective import TargetBatch
-from vrpo.config import AlignConfig
+from vrpo.alignment.objective import AlignmentBatch, Objective, TargetBatch
+from vrpo.alignment.token import WithToken
+from vrpo.config import AlignConfig, TokenConfig
 from vrpo.diffusion.losses import FlowMatching
 from vrpo.diffusion.paths import get_path
 from vrpo.errors import ConfigError
@@ -141,3 +142,90 @@ def test_refusals_are_sentences() -> None:
         model()(torch.zeros(1, 3, SIDE, SIDE), t)
     with pytest.raises(ConfigError, match="has no representation token"):
         model(0)(torch.zeros(1, 3, SIDE, SIDE), t, token=torch.zeros(1, C_TOKEN))
+
+
+def trained(token: dict[str, Any], noisings: int, steps: int = 4) -> tuple[list[float], DiffusionTransformer]:
+    """Train with a token for some steps on two images' noisings, with the trainer's parts."""
+    net = model()
+    config = AlignConfig.model_validate({"objective": "reg", "projector_width": 48, "depth": 2, "token": token})
+    torch.manual_seed(1)
+    objective = build_objective(
+        config, hidden_size=32, model_depth=3, model_size="", encoder_widths=(C_TOKEN,), tokens=TOKENS, num_heads=2
+    )
+    module = DenoisingStep(net, objective, FlowMatching(get_path("linear")), torch.float32)
+    optimiser = torch.optim.AdamW([*net.parameters(), *objective.parameters()], 1e-3)
+    losses = []
+    for index in range(steps):
+        data = Data(index, images=BATCH // noisings, widths=(C_TOKEN,))
+        draws = draw_step(
+            0, index, count=BATCH, shape=(CHANNELS, SIDE, SIDE), noisings=noisings, label_dropout=0.5,
+            device=torch.device("cpu"), token_width=C_TOKEN, pairing=config.token.pairing,
+        )  # fmt: skip
+        targets = TargetBatch(data.targets, class_tokens=(data.targets[0].mean(1),))
+        clean, labels = (tensor.repeat_interleave(noisings, 0) for tensor in (data.clean, data.labels))
+        output = module(
+            clean, labels, draws, targets.map(lambda tensor: tensor.repeat_interleave(noisings, 0)), None,
+            images_seen=index * BATCH, budget=100, sample_weight=1 / BATCH,
+        )  # fmt: skip
+        output.loss.backward()
+        losses.append(output.loss.item())
+        optimiser.step()
+        optimiser.zero_grad()
+        objective.update()
+    return losses, net
+
+
+Trained = tuple[list[float], DiffusionTransformer]
+
+
+def assert_equal(first: Trained, second: Trained) -> None:
+    assert first[0] == second[0]
+    for a, b in zip(first[1].parameters(), second[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("pair", ["time", "noise", "none"])
+def test_reg_is_the_limit_of_a_large_tau(pair: str) -> None:
+    assert_equal(trained({"pair": pair}, 4), trained({"pair": pair, "tau": 1e30}, 4))
+    assert trained({"pair": pair, "tau": 0.5}, 4)[0] != trained({"pair": pair}, 4)[0]
+
+
+def test_one_noising_is_reg() -> None:
+    assert_equal(trained({}, 1), trained({"tau": 0.1}, 1))
+
+
+def test_weights_are_the_formula() -> None:
+    config = TokenConfig(tau=0.5, clip=3.0, sigma0=0.25)
+    objective = WithToken(Objective(), config)
+    time = torch.tensor([0.05, 0.05, 0.05, 0.95, 0.95, 0.95])
+    losses = torch.tensor([1.0, 2.0, 6.0, 0.4, 0.4, 0.4])
+    batch = AlignmentBatch((), time, time, None, 0, 1, 1.0, noisings=3)
+    for _ in range(2):  # the size of the spread is known from the second step on
+        objective.taps(batch)
+        objective.token_loss(losses, torch.ones(6))
+        objective.update()
+    weights = objective._weights(losses, 0.5)
+    centred = -(losses[:3].double() - 3)
+    scaled = centred / centred.square().mean().sqrt()
+    advantage = scaled / (scaled.square().mean().sqrt() + 0.25)
+    expected = (advantage / 0.5).exp().clamp(max=3.0)
+    torch.testing.assert_close(weights[:3].double(), expected / expected.mean())
+    assert weights[3:].tolist() == [1, 1, 1]
+    assert weights[0] > weights[1] > weights[2] > 0
+    assert objective.token_loss(losses, weights * 0 + torch.arange(6.0)).item() == pytest.approx(
+        0.03 * (weights * torch.arange(6.0)).mean().item()
+    )
+
+
+@pytest.mark.parametrize("pairing", ["time", "noise"])
+def test_paired_noisings_share_what_they_say(pairing: Any) -> None:
+    draws = draw_step(
+        0, 3, count=8, shape=(3, 4, 4), noisings=4, label_dropout=0.5, device=torch.device("cpu"), token_width=5,
+        pairing=pairing,
+    )  # fmt: skip
+    groups = [draws.uniforms.view(2, 4), draws.dropped.view(2, 4)]
+    assert all((group == group[:, :1]).all() for group in groups)
+    noise = draws.noise.view(2, 4, -1)
+    assert ((noise == noise[:, :1]).all()).item() == (pairing == "noise")
+    assert draws.token_noise is not None
+    assert len(draws.token_noise.unique(dim=0)) == 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from vrpo.report.curves import Axis, mean_curve
 from vrpo.report.figures import Line, Style, draw_history, draw_lines, time_unit, with_unique_ids
 from vrpo.report.groups import Group
 from vrpo.report.measures import Measure
+from vrpo.report.policy import policy_sentences
 from vrpo.report.telemetry import (
     Telemetry,
     Trace,
@@ -44,6 +45,7 @@ class TelemetrySection:
     label: str
     style: Style | None
     charts: tuple[Chart, ...]
+    sentences: tuple[str, ...] = ()
 
 
 def curve_charts(comparison: Comparison, styles: dict[str, Style]) -> list[Chart]:
@@ -148,10 +150,11 @@ def telemetry_sections(comparison: Comparison, styles: dict[str, Style]) -> list
     sections = [TelemetrySection("", None, tuple(chart for chart in together if chart))]
     for group in comparison.groups:
         charts = _group_charts(group, logs[group.label])
-        sections.append(TelemetrySection(group.label, styles[group.label], tuple(charts)))
+        told = policy_sentences(group.runs)
+        sections.append(TelemetrySection(group.label, styles[group.label], tuple(charts), told))
     prefix = count()
     return [
-        TelemetrySection(section.label, section.style, tuple(_numbered(section.charts, f"t{next(prefix)}-")))
+        replace(section, charts=tuple(_numbered(section.charts, f"t{next(prefix)}-")))
         for section in sections
         if section.charts
     ]
@@ -173,6 +176,8 @@ def _group_charts(group: Group, names: dict[str, bool]) -> list[Chart]:
     drawers: dict[str, Callable[[Telemetry], None]] = {
         "agreement": lambda item: history(item, "Agreement", "cos(Ty, Tq) by time bin", True),
         "gate": lambda item: history(item, "Gate", "omega by time bin", False, True),
+        "advantage": lambda item: history(item, item.label.capitalize(), "L_own - L_encoder by time bin", True),
+        "supply": lambda item: history(item, "Supplier of keys and values", "1: encoder, 0: own", False, True),
         "reward mean": lambda item: history(item, f"Reward {item.label}: mean", "", True),
         "reward spread": lambda item: history(item, f"Reward {item.label}: spread", "", False),
         "other": lambda item: history(item, item.label.capitalize(), "", False),

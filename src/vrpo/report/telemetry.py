@@ -14,7 +14,7 @@ from vrpo.report.curves import Axis
 from vrpo.report.measures import number
 from vrpo.runs import Record, Run
 
-Role = Literal["reward mean", "reward spread", "agreement", "gate", "other"]
+Role = Literal["reward mean", "reward spread", "agreement", "gate", "advantage", "supply", "image count", "other"]
 _PREFIX = "objective/"
 
 
@@ -35,6 +35,14 @@ def classify(name: str) -> Telemetry:
         spread = bool({"spread", "std"} & set(words))
         plain = [word for word in words if word not in {"reward", "rewards", "mean", "spread", "std", "by", "time"}]
         return Telemetry(name, "reward spread" if spread else "reward mean", " ".join(plain) or "reward")
+    if "scaffold" in words:
+        roles: dict[str, Role] = {
+            "advantage": "advantage",
+            "growth": "advantage",
+            "encoder": "supply",
+            "at": "image count",
+        }
+        return Telemetry(name, next((roles[word] for word in words if word in roles), "other"), label)
     if "agreement" in words:
         return Telemetry(name, "agreement", label)
     if {"gate", "omega"} & set(words):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vrpo.alignment.objective import AlignmentBatch, Objective, TargetBatch
+from vrpo.config import Pairing
 from vrpo.diffusion.losses import Denoising, stratify
 from vrpo.diffusion.state import State
 from vrpo.models.taps import Taps
@@ -65,20 +66,27 @@ def draw_step(
     label_dropout: float,
     device: torch.device,
     token_width: int = 0,
+    pairing: Pairing = "none",
 ) -> Draws:
     """Draw times, noise and label drops for ``count`` noised images of ``shape`` (C, H, W), and noise for tokens.
 
     The whole step is drawn at once whatever its split into micro-batches. Times are stratified over each image's
-    noisings; so is a plain step's single time over nothing, which is the uniform draw itself.
+    noisings; so is a plain step's single time over nothing, which is the uniform draw itself. Under ``pairing``
+    "time" an image's noisings share time and label drop instead, and under "noise" the image's noise too.
     """
     generator = step_generator(seed, step, STREAM_NOISE, device)
     uniforms = torch.rand(count, generator=generator, device=device)
     noise = torch.randn(count, *shape, generator=generator, device=device)
     dropped = torch.rand(count, generator=generator, device=device) < label_dropout
+    if pairing == "none":
+        uniforms = stratify(uniforms, noisings)
+    else:
+        uniforms, dropped = _shared(uniforms, noisings), _shared(dropped, noisings)
+        noise = _shared(noise, noisings) if pairing == "noise" else noise
     # Drawn last: images have the same noise with and without a token.
     token_noise = torch.randn(count, token_width, generator=generator, device=device) if token_width else None
     return Draws(
-        stratify(uniforms, noisings),
+        uniforms,
         noise,
         dropped,
         seed,
@@ -211,6 +219,11 @@ class DenoisingStep(nn.Module):
             tokens={depth: timed(tap) for depth, tap in taps.tokens.items()},
             attention={depth: timed(tap) for depth, tap in taps.attention.items()},
         )
+
+
+def _shared(draws: Tensor, noisings: int) -> Tensor:
+    """Return every image's first draw for all of its noisings."""
+    return draws[::noisings].repeat_interleave(noisings, dim=0)
 
 
 def _detached(value: Tensor | None) -> Tensor | None:

@@ -228,6 +228,7 @@ class Trainer:
             label_dropout=config.model.label_dropout,
             device=device,
             token_width=parts.trunk.token_width,
+            pairing=config.align.token.pairing if parts.trunk.token_width else "none",
         )
         self._watch.begin(self.step)
         for start in range(0, part.size, part.micro):
@@ -488,6 +489,8 @@ def _say_what_is_idle(config: RunConfig, say: Callable[[str], None]) -> None:
         say("No held-out loss will be measured: data.validation is not set.")
     if config.train.evaluate_every and config.evaluate.features is None:
         say("Samples will not be scored during training: evaluate.features is not set.")
+    if config.align.uses_token and config.align.token.tau is not None and config.train.noisings == 1:
+        say("The token's weights are all one: align.token.tau compares an image's noisings, and train.noisings is 1.")
 
 
 def train(config: RunConfig, run: Path, **options: Any) -> TrainResult:

@@ -1,0 +1,106 @@
+"""What the policy did inside the trunk, in at most three sentences a group of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vrpo.report.formats import count
+from vrpo.report.measures import number
+from vrpo.report.telemetry import binned_history
+from vrpo.runs import Run
+
+_PREFIX = "objective/"
+
+
+def policy_sentences(runs: Sequence[Run]) -> tuple[str, ...]:
+    """Return what scaffold, internalisation and token, or failing these the gate, did; averaged over runs."""
+    said = [_scaffold(runs), _gap(runs), _token(runs), _gate(runs)]
+    return tuple(sentence for sentence in said if sentence)[:3]
+
+
+def _scaffold(runs: Sequence[Run]) -> str | None:
+    handed = _last_bins(runs, "scaffold_handed_at")
+    advantage = binned_history(runs, f"{_PREFIX}scaffold_advantage")
+    if handed is None:
+        return None
+    times = handed[np.isfinite(handed)]
+    if not len(times):
+        when = "had not handed over to the block when training ended"
+    elif times.min() == times.max() and len(times) == len(handed):
+        when = f"handed over to the block at {count(int(times[0]))} images"
+    else:
+        first, last = (_interval(int(pick), len(handed)) for pick in (np.nanargmin(handed), np.nanargmax(handed)))
+        left = len(handed) - len(times)
+        when = f"handed over to the block from {count(int(times.min()))} images on (at times {first})"
+        when += f", with {left} of {len(handed)} time bins left at the end" if left else (
+            f" and was done at {count(int(times.max()))} (at times {last})"
+        )  # fmt: skip
+    if advantage is None:
+        return f"The encoder supplied keys and values and {when}."
+    peak = np.where(np.isfinite(advantage.values), advantage.values, -np.inf).max(axis=1)
+    where = int(np.argmax(peak))
+    return (
+        f"The encoder supplied keys and values while that gained, {peak[where]:.3g} of denoising loss at most "
+        f"(at times {_interval(where, len(peak))}), and {when}."
+    )
+
+
+def _gap(runs: Sequence[Run]) -> str | None:
+    history = binned_history(runs, f"{_PREFIX}scaffold_gap")
+    ends = None if history is None else _ends(history.values)
+    if ends is None:
+        return None
+    return (
+        f"Once the block was on its own, the mean square between its keys and values and the encoder's went from "
+        f"{ends[0]:.3g} to {ends[1]:.3g}."
+    )
+
+
+def _token(runs: Sequence[Run]) -> str | None:
+    history = binned_history(runs, f"{_PREFIX}token_loss")
+    ends = None if history is None else _ends(history.values)
+    if ends is None:
+        return None
+    sentence = f"The velocity loss of the representation token went from {ends[0]:.3g} to {ends[1]:.3g}"
+    evenness = binned_history(runs, f"{_PREFIX}token_evenness")
+    if evenness is not None:
+        sentence += f", with {np.nanmean(evenness.values):.0%} of an image's noisings counting on average"
+    return sentence + "."
+
+
+def _gate(runs: Sequence[Run]) -> str | None:
+    gate = binned_history(runs, f"{_PREFIX}gate")
+    if gate is None:
+        return None
+    by_time = np.nanmean(gate.values, axis=1)
+    if by_time.min() > 0.995:
+        return "Alignment never disagreed with denoising by enough to be turned down."
+    lowest = int(np.argmin(by_time))
+    return (
+        f"Alignment was turned down to {by_time.mean():.0%} on average, most at times "
+        f"{_interval(lowest, len(by_time))}, where it kept {by_time[lowest]:.0%}."
+    )
+
+
+def _ends(values: np.ndarray) -> tuple[float, float] | None:
+    """Return the mean over time bins of the first and last columns in which anything was logged."""
+    logged = np.flatnonzero(np.isfinite(values).any(axis=0))
+    if not len(logged):
+        return None
+    return float(np.nanmean(values[:, logged[0]])), float(np.nanmean(values[:, logged[-1]]))
+
+
+def _last_bins(runs: Sequence[Run], name: str) -> np.ndarray | None:
+    """Return the newest logged values by time bin, averaged over runs; NaN where a run has none."""
+    rows = []
+    for run in runs:
+        found = [record[f"{_PREFIX}{name}"] for record in run.metrics("train") if f"{_PREFIX}{name}" in record]
+        if found:
+            rows.append([number(value) for value in found[-1]])
+    return np.mean(np.array(rows, dtype=float), axis=0) if rows else None
+
+
+def _interval(index: int, bins: int) -> str:
+    return f"{index / bins:.2g} to {(index + 1) / bins:.2g}"

@@ -1,0 +1,81 @@
+"""What the report says and draws of a policy inside the trunk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fabricated import fabricate
+
+from vrpo.report.compare import compare
+from vrpo.report.policy import policy_sentences
+from vrpo.report.telemetry import classify
+from vrpo.runs import Run
+
+
+def with_logs(folder: Path, add: Callable[[float], dict[str, Any]], objective: str = "repa") -> Path:
+    """Return a fabricated run whose training records also hold ``add(share of training)``."""
+    run = fabricate(folder, objective, 0)
+    file = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    end = max(row["images"] for row in rows)
+    for row in rows:
+        if row["kind"] == "train":
+            row |= {f"objective/{name}": value for name, value in add(row["images"] / end).items()}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def scaffold(share: float) -> dict[str, Any]:
+    early, late = share >= 0.2, share >= 0.4
+    return {
+        "scaffold_advantage": [None if late else 0.1 * share, None if late else 0.5 * share],
+        "scaffold_growth": [0.0, 0.0],
+        "scaffold_gap": [1.5 - share if early else None, 1.5 - share if late else None],
+        "scaffold_encoder": [float(not early), float(not late)],
+        "scaffold_handed_at": [12800 if early else None, 25600 if late else None],
+        "token_loss": [1.0 - 0.5 * share, 1.0 - 0.5 * share],
+    }
+
+
+def test_three_sentences_say_what_scaffold_and_token_did(tmp_path: Path) -> None:
+    first, second, third = policy_sentences([Run(with_logs(tmp_path / "run", scaffold))])
+    assert "at times 0.5 to 1" in first
+    assert "from 12,800 images on (at times 0 to 0.5) and was done at 25,600 (at times 0.5 to 1)" in first
+    assert second.startswith("Once the block was on its own")
+    gaps = [float(word.rstrip(".")) for word in second.split() if word[0].isdigit()]
+    assert gaps[0] > gaps[1] > 0.4
+    assert "representation token went from 0.99" in third
+    assert third.endswith("to 0.502.")
+
+
+def test_a_scaffold_that_never_ended_says_so(tmp_path: Path) -> None:
+    def add(share: float) -> dict[str, Any]:
+        return {"scaffold_handed_at": [None, None], "scaffold_gap": [None, None], "scaffold_encoder": [1.0, 1.0]}
+
+    (sentence,) = policy_sentences([Run(with_logs(tmp_path / "run", add))])
+    assert sentence == (
+        "The encoder supplied keys and values and had not handed over to the block when training ended."
+    )
+
+
+def test_nothing_is_said_of_objectives_without_a_policy_and_the_gate_of_vrpo_is(tmp_path: Path) -> None:
+    assert policy_sentences([Run(fabricate(tmp_path / "repa", "repa", 0))]) == ()
+    (sentence,) = policy_sentences([Run(fabricate(tmp_path / "vrpo", "vrpo", 0))])
+    assert "turned down to" in sentence
+
+
+def test_the_report_holds_sentences_and_heat_maps(tmp_path: Path) -> None:
+    compare([with_logs(tmp_path / "run", scaffold)], tmp_path / "r.html", title="One")
+    html = (tmp_path / "r.html").read_text()
+    assert "The encoder supplied keys and values while that gained" in html
+    assert "Scaffold advantage" in html
+    assert "Supplier of keys and values" in html
+    assert "Scaffold handed at" not in html
+
+
+def test_roles_of_the_scaffold_s_logs() -> None:
+    roles = {name: classify(f"objective/scaffold_{name}").role for name in ("advantage", "encoder", "handed_at", "gap")}
+    assert roles == {"advantage": "advantage", "encoder": "supply", "handed_at": "image count", "gap": "other"}
