@@ -106,6 +106,37 @@ def test_cost_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(json.loads(file.read_text())) == {"quick", "another"}
 
 
+# -- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def test_sampling_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sampling = load("sampling")
+    words = ["--quick", "--device", "cpu", "--contenders", "fp32", "bf16", "--out", str(tmp_path)]
+    result = json.loads(sampling.main(words).read_text())["quick"]
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == ["plain loop", "fp32", "bf16"]
+    assert rows["plain loop"]["speed_up"] == 1
+    for row in rows.values():
+        assert len(row["seconds"]) == 2
+        assert row["images_per_second"] > 0
+        assert 0 < row["share_of_peak"] < 1
+    # All do the same work: the same pixels but for rounding.
+    assert rows["fp32"]["largest_difference"] <= 1
+    assert 0 < rows["bf16"]["largest_difference"] < 16
+    assert "| bf16 |" in capsys.readouterr().out
+
+
+def test_operations_of_a_network_are_those_of_its_products() -> None:
+    sampling = load("sampling")
+    case = sampling.QUICK
+    network = sampling.build(case, torch.device("cpu"))
+    tokens, width, blocks = network.num_tokens, network.hidden_size, network.depth
+    # By block: attention's four and the perceptron's eight products of width x width a token, scores and their
+    # product with the values, and the modulation of an image.
+    products = blocks * (12 * tokens * width**2 + 2 * tokens**2 * width + 6 * width**2)
+    assert 1 < sampling.operations(case, network, torch.device("cpu")) / (2 * products) < 1.1
+
+
 # -- variants ---------------------------------------------------------------------------------------------------------
 
 

@@ -304,8 +304,11 @@ def test_two_processes_give_the_same_images_and_the_same_score(run: Path, tmp_pa
     with pytest.raises(SystemExit) as stop:
         main([*words, "--out", str(files[0])])
     assert stop.value.code == 0
-    processes = launch([*words, "--out", str(files[1])], 2)
-    printed = [process.communicate() for process in processes]
+    for _ in range(2):  # another program may take the port that was free
+        processes = launch([*words, "--out", str(files[1])], 2)
+        printed = [process.communicate() for process in processes]
+        if not any(process.returncode for process in processes):
+            break
     assert [process.returncode for process in processes] == [0, 0], printed
     assert ["64 images of" in out for out, _ in printed] == [True, False], "the first process alone prints"
     assert "sampling: " not in printed[1][1]

@@ -155,7 +155,9 @@ class ImageSampler:
             filled[row] = position
         chosen = None if labels is None else labels[filled].to(self.device)
         latents = self._latents([indices[position] for position in filled], chosen, seed)
-        return to_uint8(self.decoder(latents))[rows].cpu()
+        # One by one: a decoder takes far more memory than the network, and its rounding depends on the batch, too.
+        images = torch.cat([self.decoder(latent) for latent in latents[rows].split(1)])
+        return to_uint8(images).cpu()
 
     @property
     def _trajectories(self) -> int:
