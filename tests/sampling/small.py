@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vrpo.config_load import to_yaml, validate
-from vrpo.files import save_tensors, sha256_file
 from vrpo.models.transformer import DiffusionTransformer, build_transformer
+from vrpo.training.checkpoint import Checkpoint, save_checkpoint
 
 NAMES = ("tabby, tabby cat", "golden_retriever", "Tench", "7")
 
@@ -25,23 +24,15 @@ def network(kind: str = "SiT", num_classes: int = 4) -> DiffusionTransformer:
 
 def make_run(folder: Path, num_classes: int = 4, step: int = 8, **sample: Any) -> Path:
     """Write a run with a checkpoint, whose averaged weights differ from its raw ones."""
-    checkpoint = folder / "checkpoints" / f"step-{step:08d}"
-    checkpoint.mkdir(parents=True)
+    folder.mkdir()
     settings = {"steps": 2, "batch_size": 8, "compute_batch": 4, **sample}
     config = {"name": "small", "model": {"name": "SiT-N/4"}, "data": {"conditional": num_classes > 0}}
     (folder / "config.yaml").write_text(to_yaml(validate({**config, "sample": settings}, "the test")))
-    hashes = {}
+    tensors: dict[str, dict[str, torch.Tensor]] = {"objective": {}, "optimizer": {}}
     for part in ("model", "ema"):
         torch.manual_seed(step + len(part))
         trunk = network(num_classes=num_classes)
-        save_tensors(checkpoint / f"{part}.safetensors", trunk.state_dict())
-        hashes[f"{part}.safetensors"] = sha256_file(checkpoint / f"{part}.safetensors")
-    state = {
-        "step": step,
-        "images": 8 * step,
-        "network": trunk.config,
-        "class_names": list(NAMES[:num_classes]),
-        "sha256": hashes,
-    }
-    (checkpoint / "state.json").write_text(json.dumps(state))
+        tensors[part] = trunk.state_dict()
+    state = {"step": step, "images": 8 * step, "network": trunk.config, "class_names": list(NAMES[:num_classes])}
+    save_checkpoint(folder, Checkpoint(tensors, state), keep=1)
     return folder
