@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import team as team_module
+import torch
 from team import Team
 
 from vrpo.errors import ConfigError
+from vrpo.training.checkpoint import PARTS, find_checkpoints, load_checkpoint
 from vrpo.training.distributed import World, share
 from vrpo.training.trainer import Trainer
 
@@ -101,6 +103,23 @@ def test_a_run_passes_from_one_to_many_and_back(objective: str, team: Team, make
     assert sorted(seen[:90]) == list(range(90)), "an epoch holds every image once"
     assert sorted(seen[90:180]) == list(range(90))
     assert_same_curve(tmp_path / "one", tmp_path / "passed")
+
+
+@pytest.mark.parametrize(("size", "parallel"), [(4, "ddp"), (2, "fsdp")])
+def test_the_same_number_resumes_to_the_bit(
+    size: int, parallel: str, team: Team, make_config: Any, tmp_path: Path
+) -> None:
+    config = make_config(align={"objective": "vrpo", "vrpo": {"warmup": 0.2}}, train={"parallel": parallel})
+    values = config.model_dump(mode="json")
+    team.run(size, team_module.train, values, tmp_path / "whole")
+    stopped = team.run(size, team_module.train, values, tmp_path / "parts", False, 40)
+    assert [status for status, *_ in stopped] == ["stopped"] * size
+    team.run(size, team_module.train, values, tmp_path / "parts", True)
+    whole, parts = (load_checkpoint(find_checkpoints(tmp_path / name)[0]) for name in ("whole", "parts"))
+    for part in PARTS:
+        assert whole.tensors[part].keys() == parts.tensors[part].keys()
+        for name, value in whole.tensors[part].items():
+            assert torch.equal(value, parts.tensors[part][name]), (part, name)
 
 
 def test_share_of_a_step() -> None:
