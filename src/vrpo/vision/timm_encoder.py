@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vrpo.files import sha256_file
 from vrpo.vision.backbone import Backbone
 from vrpo.vision.catalogue import ENCODERS, Entry
 from vrpo.vision.checkpoint_keys import plain_keys
+from vrpo.vision.hub import asking_hub
 from vrpo.vision.weight_files import fit_weights, misfit, read_weights, state_hash
 
 TIMM_SOURCE = "local-dir:"
@@ -172,7 +174,8 @@ def load_timm(name: str, *, weights: str | Path | None, feature: int | None) -> 
         )
     published = weights is None
     try:
-        network = _create(target, entry, pretrained=published)
+        with asking_hub(target) if published else nullcontext():
+            network = _create(target, entry, pretrained=published)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         if folder is not None:
             raise CheckpointError(

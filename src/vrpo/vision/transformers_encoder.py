@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vrpo.errors import CheckpointError, ConfigError
 from vrpo.files import sha256_file
 from vrpo.vision.backbone import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Backbone
+from vrpo.vision.hub import asking_hub
 from vrpo.vision.weight_files import fit_weights, read_weights, state_hash
 
 PREFIX = "transformers:"
@@ -152,24 +153,9 @@ def load_transformers(name: str, *, weights: str | Path | None, feature: int | N
         ConfigError: it is not an image model, or lacks the feature.
         CheckpointError: the model cannot be had, or the weights do not fit.
     """
-    from transformers import AutoConfig, AutoModel
-
     source = name.removeprefix(PREFIX)
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if config.model_type == "vit_mae":
-            config.mask_ratio = 0.0
-        if weights is None:
-            model = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, trust_remote_code=False)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                model = AutoModel.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"The transformers model '{source}' could not be had ({type(error).__name__}): give a local "
-            "folder that holds its config.json and model.safetensors as the encoder's name."
-        ) from error
+    with asking_hub(source):
+        model, statistics = _fetch(source, own=weights is None)
     network = getattr(model, "vision_model", model).eval()
     if getattr(network, "main_input_name", "pixel_values") != "pixel_values":
         raise ConfigError(f"Encoder '{name}' does not take images: choose an image model.")
@@ -183,8 +169,30 @@ def load_transformers(name: str, *, weights: str | Path | None, feature: int | N
         network,
         feature=feature,
         weights_hash=digest or state_hash(network),
-        statistics=_statistics(source, config.model_type),
+        statistics=statistics,
     )
+
+
+def _fetch(source: str, *, own: bool) -> tuple[nn.Module, tuple[tuple[float, ...], tuple[float, ...]]]:
+    """Return a model, with its ``own`` weights or random ones, and the channel statistics beside it."""
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if config.model_type == "vit_mae":
+            config.mask_ratio = 0.0
+        if own:
+            model = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, trust_remote_code=False)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = AutoModel.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"The transformers model '{source}' could not be had ({type(error).__name__}): give a local "
+            "folder that holds its config.json and model.safetensors as the encoder's name."
+        ) from error
+    return model, _statistics(source, config.model_type)
 
 
 def _statistics(source: str, model_type: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
