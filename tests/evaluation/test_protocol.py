@@ -118,10 +118,16 @@ def test_only_inception_gives_fid() -> None:
 
 def test_sampling_record_is_read_from_folder_and_npz(tmp_path: Path) -> None:
     record = {"sampler": "sde", "steps": 250, "guidance_interval": [0.0, 0.7], "weights": "ema", "compute_batch": 8}
+    chosen = {"rule": "best", "candidates": 4, "time": 0.5, "by": "prototypes"}
     (tmp_path / "sampling.json").write_text(json.dumps(record))
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((1, 2, 2, 3), np.uint8), sampling=np.array(json.dumps(record)))
     np.savez(tmp_path / "plain.npz", arr_0=np.zeros((1, 2, 2, 3), np.uint8))
 
+    assert sampling_record(tmp_path).get("selection") is None
+    (tmp_path / "chosen").mkdir()
+    (tmp_path / "chosen" / "sampling.json").write_text(json.dumps({**record, "selection": chosen}))
+    assert sampling_record(tmp_path / "chosen")["selection"] == chosen
+    assert "best of 4 at t = 0.5" in replace(PROTOCOL, **sampling_record(tmp_path / "chosen")).line()
     for source in (tmp_path, tmp_path / "images.npz"):
         fields = sampling_record(source)
         assert fields == {"sampler": "sde", "steps": 250, "guidance_interval": (0.0, 0.7), "weights": "ema"}

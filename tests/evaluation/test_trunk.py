@@ -23,13 +23,16 @@ class Images:
     """Rows of a tensor as a data set."""
 
     def __init__(self, images: Tensor, labels: Tensor | None = None) -> None:
-        self.images, self.labels = images, labels
+        self.images, self._labels = images, labels
+
+    def labels(self) -> np.ndarray | None:
+        return None if self._labels is None else self._labels.numpy()
 
     def __len__(self) -> int:
         return len(self.images)
 
     def read(self, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
-        return self.images[indices], None if self.labels is None else self.labels[indices]
+        return self.images[indices], None if self._labels is None else self._labels[indices]
 
 
 def draw_images(count: int) -> Tensor:

@@ -162,3 +162,22 @@ def test_repas_layout_trains_to_the_curve_of_the_images(make_config: Any, autoen
         curves.append([record["loss"] for record in records(tmp_path / f"run-{name}", "train")])
     assert len(curves[0]) == 6
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_tokens_of_a_run_on_latents_are_looked_at(
+    latents: tuple[Path, Path], make_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Probes need latents and labels alone; CKNNA shows an encoder the pixels kept beside them."""
+    from vrpo.commands.representation import cknna, probe
+
+    run(configure(make_config, latents, "none"), tmp_path / "run")
+    looking = ["--times", "0", "1", "--depths", "1", "4"]
+
+    assert probe([str(tmp_path / "run"), *looking]) == 0
+    words = ["--encoder", "resnet10t", "--encoder-weights", "random", "--data", str(latents[0])]
+    assert cknna([str(tmp_path / "run"), *words, *looking]) == 0
+
+    tables = [json.loads(file.read_text()) for file in sorted((tmp_path / "run" / "evaluations").iterdir())]
+    assert [table["kind"] for table in tables] == ["CKNNA", "Linear probe accuracy"]
+    assert all(np.isfinite(table["values"]).all() for table in tables)
+    assert tables[1]["protocol"]["test"] == "held-out"

@@ -109,3 +109,17 @@ def test_other_files_and_sizes_are_refused(tmp_path: Path, monkeypatch: pytest.M
         load_inception(weights=tmp_path / "other.pth")
     with pytest.raises(ConfigError, match="takes images at 299 px, not 256"):
         load_inception(weights="random", input_size=256)
+
+
+def test_dinov2_alone_is_the_network_of_fd_dinov2(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(name: str, **options: object) -> None:
+        asked.append(name)
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr("vrpo.vision.encoders._load_backbone", load)
+    for name in ("dinov2", "dinov2-vit-b"):
+        with pytest.raises(ConfigError):
+            load_feature_network(name)
+    assert asked == ["dinov2-vit-l", "dinov2-vit-b"]

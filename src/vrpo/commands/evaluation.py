@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from pydantic import Field
@@ -45,8 +45,8 @@ class Judge:
     features: str
     """Feature network: inception, dinov2-vit-{s,b,l,g}, a timm name, transformers:NAME, or a file of `vrpo encoder
     fit`."""
-    features_weights: Path | None = None
-    """Local weights file of the feature network."""
+    features_weights: str | None = None
+    """Local weights file of the feature network, or random."""
     features_size: Annotated[int, Field(ge=8)] | None = None
     """Side its input is resized to; default its own."""
 
@@ -56,11 +56,12 @@ class Judge:
 
         from vrpo.vision.encoders import load_feature_network
 
-        weights: Any = self.features_weights
-        if weights is not None and str(weights) == "random":
-            weights = "random"
         return load_feature_network(
-            self.features, weights=weights, input_size=self.features_size, device=device, dtype=torch.float32
+            self.features,
+            weights=self.features_weights,
+            input_size=self.features_size,
+            device=device,
+            dtype=torch.float32,
         )
 
 
@@ -264,8 +265,8 @@ class Parity:
     """Reference file: npz in ADM layout, or any reference."""
     features: str = "inception"
     """Feature network, as in `vrpo evaluate`."""
-    features_weights: Path | None = None
-    """Local weights file of the feature network."""
+    features_weights: str | None = None
+    """Local weights file of the feature network, or random."""
     expect: tuple[str, ...] = ()
     """Published values, such as fd=2.27 sfid=4.6 is=278.2 precision=0.83 recall=0.57."""
     tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.01

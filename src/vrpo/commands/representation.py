@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,6 +18,10 @@ from vrpo.config import Count, Positive, Seed
 from vrpo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
     from vrpo.data.shards import ShardedDataset
     from vrpo.evaluation.trunk import DepthTimeTable, Trunk
     from vrpo.sampling import LoadedRun
@@ -63,7 +68,8 @@ class Looking:
             check_output(self.out)
         else:
             check_output(run / "evaluations", folder=True)
-        trunk = Trunk(loaded.network, build_denoising(loaded.network.kind, loaded.config.diffusion), device)
+        denoising = build_denoising(loaded.network.kind, loaded.config.diffusion)
+        trunk = Trunk(loaded.network, denoising, device, partial(_clean, device, self.seed))
         return loaded, trunk, self.depths or tuple(range(1, deepest + 1))
 
     def finish(self, run: Path, loaded: LoadedRun, name: str, result: DepthTimeTable, **about: Any) -> None:
@@ -87,8 +93,8 @@ class Cknna:
     """Folder of the run."""
     encoder: str | None = None
     """Encoder to compare with, as in a run's configuration; default the run's own."""
-    encoder_weights: Path | None = None
-    """Local weights file of that encoder."""
+    encoder_weights: str | None = None
+    """Local weights file of that encoder, or random."""
     data: Path | None = None
     """Prepared data set; default the run's held-out data, or else its training data."""
     images: Annotated[Count, Field(ge=12)] = 2_000
@@ -223,12 +229,22 @@ def _open_data(path: Path | None, loaded: LoadedRun) -> ShardedDataset:
     if path is None:
         raise ConfigError("the run names no data: give a prepared data set with --data.")
     data = ShardedDataset(path)
-    size = loaded.network.input_size
-    if data.image_size != size:
+    network = loaded.network
+    if (data.input_size, data.in_channels) != (network.input_size, network.in_channels):
         raise DataError(
-            f"the images of {path} are {data.image_size} px and the model's {size} px: prepare them with --size {size}."
+            f"{path} holds {data.in_channels} channels of {data.input_size} x {data.input_size} and the model takes "
+            f"{network.in_channels} of {network.input_size} x {network.input_size}: prepare it as the run's data was."
         )
     return data
+
+
+def _clean(device: torch.device, seed: int, data: ShardedDataset, rows: np.ndarray, start: int) -> Tensor:
+    """Return what the diffusion is trained on: pixels, or latents where the data holds them."""
+    from vrpo.training.latents import CleanLatents
+
+    pixels = None if data.latents is not None else data.read(rows)[0].to(device)
+    stored = None if data.latents is None else data.read_latents(rows).to(device)
+    return CleanLatents(data.manifest, seed, device)(pixels, stored, start, count=len(rows))
 
 
 def _display() -> Any:

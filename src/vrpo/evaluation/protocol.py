@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from vrpo.errors import EvaluationError
@@ -164,6 +165,16 @@ class Protocol:
         return text
 
 
+class SelectionFields(TypedDict):
+    """How each image was chosen from several candidates."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    rule: str
+    candidates: int
+    time: float
+
+
 class SamplingFields(TypedDict, total=False):
     """The fields of a `Protocol` that say how images were drawn."""
 
@@ -175,6 +186,7 @@ class SamplingFields(TypedDict, total=False):
     decoder: str
     weights: Literal["ema", "raw"]
     seed: int
+    selection: SelectionFields
 
 
 def sampling_record(source: Path) -> SamplingFields:

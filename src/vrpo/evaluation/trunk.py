@@ -40,17 +40,29 @@ class Rows(Protocol):
     def read(self, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
         """Return uint8 images (B, 3, H, W) and labels (B,) or None."""
 
+    def labels(self) -> np.ndarray | None:
+        """Return all labels, int64 (N,), or None."""
+
     def __len__(self) -> int:
         """Return the number of images."""
 
 
+def clean_pixels(data: Rows, rows: np.ndarray, start: int) -> Tensor:
+    """Return rows as pixels in [-1, 1], float32 (B, 3, H, W)."""
+    return to_float(data.read(rows)[0])
+
+
 @dataclass(frozen=True)
 class Trunk:
-    """A frozen transformer and how its inputs are noised."""
+    """A frozen transformer and how its inputs are made: ``clean`` gives z0 (B, C, h, w) of ``rows`` of a data set.
+
+    ``clean`` is also told the place of the first row among those that are looked at.
+    """
 
     network: DiffusionTransformer
     denoising: Denoising
     device: torch.device
+    clean: Callable[[Any, np.ndarray, int], Tensor] = clean_pixels
 
     def features(
         self, data: Rows, rows: np.ndarray, depths: Sequence[int], time: float, *, seed: int, batch_size: int
@@ -69,7 +81,7 @@ class Trunk:
         taps = Taps(tokens={depth: partial(keep, depth) for depth in depths})
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
-            clean = to_float(data.read(part)[0].to(self.device))
+            clean = self.clean(data, part, start).to(self.device)
             noise = SampleNoise(seed, range(start, start + len(part)), tuple(clean.shape[1:]), self.device).initial()
             t = self._network_time(torch.full((len(part),), time, device=self.device))
             with torch.inference_mode():
@@ -200,10 +212,10 @@ def _over_times(
 
 
 def _labels(data: Rows, rows: np.ndarray) -> Tensor:
-    found = [data.read(part)[1] for part in np.array_split(rows, max(1, len(rows) // 256))]
-    if any(labels is None for labels in found):
+    labels = data.labels()
+    if labels is None:
         raise EvaluationError("A linear probe needs labels and the data has none; prepare it from one folder a class.")
-    return torch.cat([labels for labels in found if labels is not None])
+    return torch.from_numpy(labels[rows])
 
 
 def _require_finite(features: dict[int, Tensor], time: float) -> None:

@@ -14,6 +14,8 @@ from vrpo.vision import inception
 from vrpo.vision.backbone import Backbone, EncoderOutput
 
 CONV_NAME = "vrpo-conv"
+# The network that the field's FD-DINOv2 is computed in (arXiv 2306.04675).
+_FEATURE_NAMES = {"dinov2": "dinov2-vit-l"}
 
 _MaybeTensor = TypeVar("_MaybeTensor", Tensor, Tensor | None)
 
@@ -241,13 +243,13 @@ def load_feature_network(
     """Return the frozen network ``name`` for pooled features, at its own input size unless told another.
 
     Arguments and errors are those of :func:`load_encoder`; ``inception`` is the network of FID, in float32 always,
-    and a file of :func:`vrpo.vision.convnet.fit_encoder` may stand for its own name.
+    ``dinov2`` is that of FD-DINOv2, and a file of :func:`vrpo.vision.convnet.fit_encoder` may stand for its own name.
     """
     if name == inception.NAME:
         return inception.load_inception(weights=weights, input_size=input_size, device=device)
     if Path(name).suffix == ".safetensors" and weights is None:
         name, weights = CONV_NAME, name
-    backbone = _load_backbone(name, weights=weights, feature=None)
+    backbone = _load_backbone(_FEATURE_NAMES.get(name, name), weights=weights, feature=None)
     size = _checked_input(backbone, input_size if input_size is not None else backbone.default_input)
     return FeatureNetwork(backbone, input_size=size, **_placement(device, dtype))
 
