@@ -137,6 +137,25 @@ def test_operations_of_a_network_are_those_of_its_products() -> None:
     assert 1 < sampling.operations(case, network, torch.device("cpu")) / (2 * products) < 1.1
 
 
+# -- engine -----------------------------------------------------------------------------------------------------------
+
+
+def test_engine_quick(tmp_path: Path) -> None:
+    file = load("engine").main(["--quick", "--device", "cpu", "--rounds", "2", "--out", str(tmp_path)])
+    result = json.loads(file.read_text())
+    for part in ("ddp", "determinism"):
+        low, high = result[part]["ratio_95"]
+        assert 0 < low <= result[part]["ratio"] <= high
+    checkpoint = result["checkpoint"]
+    assert 0 < checkpoint["copy"] <= checkpoint["stall"]
+    assert checkpoint["synchronous"] > 0
+    trunk = load("objective_cost").Bench(load("objective_cost").QUICK, torch.device("cpu"), False).trunk
+    assert checkpoint["bytes"] > 4 * 4 * sum(parameter.numel() for parameter in trunk.parameters())
+    kept, recomputed = result["throughput"]["rows"]
+    assert (kept["checkpoint_blocks"], recomputed["checkpoint_blocks"]) == (False, True)
+    assert kept["step_flops"] == recomputed["step_flops"] > 0
+
+
 # -- variants ---------------------------------------------------------------------------------------------------------
 
 
