@@ -516,3 +516,19 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         for state in torch.load(tmp_path / f"{rank}.pt").values():
             for name, value in alone.items():
                 assert torch.allclose(state[name].double(), value.double(), rtol=2e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("align", "sentence"),
+    [
+        ({"objective": "reg"}, "align.token is one more token"),
+        ({"objective": "repi"}, "align.scaffold acts on keys and values"),
+        ({"objective": "vrpo", "scaffold": {"supply": "advantage"}}, "align.scaffold acts on keys and values"),
+    ],
+)
+def test_what_acts_inside_blocks_is_refused(align: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        Aligner(
+            trunk(), "blocks.1", hidden_size=32, tokens=16, encoders=Patches(), budget=8,
+            objective=AlignConfig.model_validate(align),
+        )  # fmt: skip

@@ -24,20 +24,22 @@ from vrpo.models.weights import (
     to_published,
 )
 
-DEPTH, HEADS, WIDTH, PATCH, CLASSES = 3, 4, 32, 2, 5
+DEPTH, HEADS, WIDTH, PATCH, CLASSES, TOKEN = 3, 4, 32, 2, 5, 24
 
 
 def build(source: str, **changes: Any) -> DiffusionTransformer:
     config: dict[str, Any] = {"input_size": 8, "patch_size": PATCH, "in_channels": 3, "hidden_size": WIDTH}
     config |= {"depth": DEPTH, "num_heads": HEADS}
-    own = {"dit": ("DiT", True, False), "sit": ("SiT", True, False), "repa": ("SiT", False, True)}[source]
+    own = {"dit": ("DiT", True, False), "sit": ("SiT", True, False)}.get(source, ("SiT", False, True))
+    config["token_width"] = TOKEN if source == "reg" else 0
     config |= dict(zip(("kind", "learn_sigma", "qk_norm"), own, strict=True)) | {"num_classes": CLASSES}
     return DiffusionTransformer(**(config | changes)).double()
 
 
 def published_weights(source: str) -> dict[str, Tensor]:
     """Random float64 weights under the names and shapes of the published models, written down again."""
-    channels = 3 if source == "repa" else 6
+    repa = source in ("repa", "reg")
+    channels = 3 if repa else 6
     layers = {
         "x_embedder.proj": (WIDTH, 3, PATCH, PATCH),
         "t_embedder.mlp.0": (WIDTH, 256),
@@ -53,15 +55,19 @@ def published_weights(source: str) -> dict[str, Tensor]:
             f"blocks.{i}.mlp.fc2": (WIDTH, 4 * WIDTH),
             f"blocks.{i}.adaLN_modulation.1": (6 * WIDTH, WIDTH),
         }
-        if source == "repa":
+        if repa:
             layers |= {f"blocks.{i}.attn.{n}": (WIDTH // HEADS,) for n in ("q_norm", "k_norm")}
+    if source == "reg":
+        layers |= {"cls_projectors2": (WIDTH, TOKEN), "wg_norm": (WIDTH,), "final_layer.linear_cls": (TOKEN, WIDTH)}
     weights = {}
     for name, shape in layers.items():
         weights[f"{name}.weight"] = 0.2 * torch.randn(shape, dtype=torch.float64)
         weights[f"{name}.bias"] = 0.2 * torch.randn(shape[0], dtype=torch.float64)
     weights["y_embedder.embedding_table.weight"] = torch.randn(CLASSES + 1, WIDTH, dtype=torch.float64)
     weights["pos_embed"] = sine_table(WIDTH, 4)[None].float().double()
-    if source == "repa":
+    if source == "reg":
+        weights["pos_embed"] = torch.cat([torch.zeros(1, 1, WIDTH).double(), weights["pos_embed"]], 1)
+    if repa:
         weights["projectors.0.0.weight"] = torch.randn(64, WIDTH, dtype=torch.float64)
         weights["projectors.0.0.bias"] = torch.randn(64, dtype=torch.float64)
     return weights
@@ -77,8 +83,13 @@ def sine_table(width: int, grid: int) -> Tensor:
     return torch.stack(rows)
 
 
-def published_forward(w: Mapping[str, Tensor], x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """The DiT of arXiv 2212.09748 in explicit float64 arithmetic, on published parameter names."""
+def published_forward(
+    w: Mapping[str, Tensor], x: Tensor, t: Tensor, y: Tensor, token: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The DiT of arXiv 2212.09748 in explicit float64 arithmetic, on published parameter names.
+
+    With REG's ``token`` (arXiv 2507.01467) in the first place, and its prediction beside the image's.
+    """
 
     def linear(name: str, z: Tensor) -> Tensor:
         return torch.einsum("...i,oi->...o", z, w[f"{name}.weight"]) + w[f"{name}.bias"]
@@ -98,7 +109,11 @@ def published_forward(w: Mapping[str, Tensor], x: Tensor, t: Tensor, y: Tensor) 
     kernel = w["x_embedder.proj.weight"]
     cells = x.reshape(b, -1, grid, p, grid, p)
     tokens = torch.einsum("bcipjq,dcpq->bijd", cells, kernel).reshape(b, grid * grid, WIDTH)
-    tokens = tokens + w["x_embedder.proj.bias"] + w["pos_embed"]
+    tokens = tokens + w["x_embedder.proj.bias"]
+    if token is not None:
+        first = normalise(linear("cls_projectors2", token), 1e-6) * w["wg_norm.weight"] + w["wg_norm.bias"]
+        tokens = torch.cat([first[:, None], tokens], dim=1)
+    tokens = tokens + w["pos_embed"]
     # The published code takes its frequencies in float32.
     freqs = torch.exp(-torch.log(torch.tensor(10_000.0)) * torch.arange(128, dtype=torch.float32) / 128).double()
     phase = t[:, None] * freqs
@@ -122,9 +137,13 @@ def published_forward(w: Mapping[str, Tensor], x: Tensor, t: Tensor, y: Tensor) 
         z = normalise(tokens, 1e-6) * (1 + scale2) + shift2
         tokens = tokens + gate2 * linear(f"{block}.mlp.fc2", gelu(linear(f"{block}.mlp.fc1", z)))
     shift, scale = linear("final_layer.adaLN_modulation.1", silu(c))[:, None].split(WIDTH, dim=-1)
-    patches = linear("final_layer.linear", normalise(tokens, 1e-6) * (1 + scale) + shift)
+    last = normalise(tokens, 1e-6) * (1 + scale) + shift
+    predicted = None
+    if token is not None:
+        predicted, last = linear("final_layer.linear_cls", last[:, 0]), last[:, 1:]
+    patches = linear("final_layer.linear", last)
     image = torch.einsum("bijpqc->bcipjq", patches.reshape(b, grid, grid, p, p, -1))
-    return image.reshape(b, -1, side, side)
+    return image.reshape(b, -1, side, side), predicted
 
 
 def inputs(source: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,18 +157,31 @@ def test_published_weights_give_the_published_output(source: str) -> None:
     weights, model = published_weights(source), build(source)
     model.load_state_dict(from_published(weights, model, source))
     x, t, y = inputs(source)
-    expected = published_forward(weights, x, t, y)
+    expected = published_forward(weights, x, t, y)[0]
     assert expected.std() > 0.1
     torch.testing.assert_close(model(x, t, y), expected, rtol=0, atol=1e-10)
+
+
+def test_reg_s_weights_give_the_published_image_and_token() -> None:
+    weights, model = published_weights("reg"), build("reg")
+    model.load_state_dict(from_published(weights, model, "reg"))
+    x, t, y = inputs("reg")
+    token = torch.randn(4, TOKEN, dtype=torch.float64)
+    for found, expected in zip(model(x, t, y, token=token), published_forward(weights, x, t, y, token), strict=True):
+        assert expected is not None
+        assert expected.std() > 0.1
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    again = to_published(model, "reg")
+    assert all(torch.equal(again[name], value) for name, value in weights.items() if "projectors." not in name)
 
 
 def test_original_sit_is_the_same_function_with_time_and_velocity_reversed() -> None:
     weights, model = published_weights("sit"), build("sit")
     model.load_state_dict(from_published(weights, model, "sit"))
     x, t, y = inputs("sit")
-    published_velocity = published_forward(weights, x, 1 - t, y)[:, :3]
+    published_velocity = published_forward(weights, x, 1 - t, y)[0][:, :3]
     torch.testing.assert_close(model(x, t, y), -published_velocity, rtol=0, atol=1e-10)
-    assert not torch.allclose(model(x, t, y), -published_forward(weights, x, t, y)[:, :3], atol=1e-3)
+    assert not torch.allclose(model(x, t, y), -published_forward(weights, x, t, y)[0][:, :3], atol=1e-3)
 
 
 def test_original_sit_samples_the_same_images() -> None:
@@ -159,7 +191,7 @@ def test_original_sit_samples_the_same_images() -> None:
     theirs, ours, steps = noise, noise, 8
     for step in range(steps):
         time = torch.full((4,), step / steps, dtype=torch.float64)
-        theirs = theirs + published_forward(weights, theirs, time, y)[:, :3] / steps
+        theirs = theirs + published_forward(weights, theirs, time, y)[0][:, :3] / steps
         ours = ours - model(ours, 1 - time, y) / steps
     assert (ours - noise).std() > 0.1
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
@@ -215,7 +247,7 @@ def test_official_dit_equals_diffusers() -> None:
         torch.testing.assert_close(model(x, t.float(), y), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("source", ["dit", "sit", "repa"])
+@pytest.mark.parametrize("source", ["dit", "sit", "repa", "reg"])
 def test_round_trip_is_exact_in_names_and_near_exact_in_values(source: str) -> None:
     weights, model = published_weights(source), build(source)
     model.load_state_dict(from_published(weights, model, source))
@@ -229,7 +261,7 @@ def test_round_trip_is_exact_in_names_and_near_exact_in_values(source: str) -> N
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-@pytest.mark.parametrize("source", ["dit", "sit", "repa"])
+@pytest.mark.parametrize("source", ["dit", "sit", "repa", "reg"])
 def test_files_round_trip(source: str, suffix: str, tmp_path: Path) -> None:
     model = build(source).float()
     for parameter in model.parameters():
@@ -345,5 +377,9 @@ def test_models_that_a_source_cannot_express_are_refused(tmp_path: Path) -> None
         to_published(build("sit", qk_norm=True), "sit")
     with pytest.raises(CheckpointError, match="learned variance"):
         to_published(build("repa", learn_sigma=True), "repa")
+    with pytest.raises(CheckpointError, match="has a representation token"):
+        to_published(build("reg"), "repa")
+    with pytest.raises(CheckpointError, match="has no representation token"):
+        from_published(published_weights("reg"), build("repa"), "reg")
     with pytest.raises(CheckpointError, match="end its name in"):
         save_published(build("dit"), tmp_path / "weights.npz", "dit")

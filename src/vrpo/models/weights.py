@@ -1,6 +1,6 @@
-"""Weights of the official DiT, the original SiT and REPA's SiT, to ours and back.
+"""Weights of the official DiT, the original SiT, REPA's and REG's SiT, to ours and back.
 
-The three publish the same architecture under the same parameter names, which ``published_name`` translates.
+The four publish the same architecture under the same parameter names, which ``published_name`` translates.
 They differ in this:
 
 - ``dit`` (facebookresearch/DiT): noise and variance at integer steps. Only the names change.
@@ -8,6 +8,9 @@ They differ in this:
   opposite of ours in both. ``_reverse_time`` rewrites the weights so that the model is exactly the same
   function of our time.
 - ``repa`` (sihyun-yu/REPA): our conventions, plus the projectors of the alignment loss under ``projectors.``.
+- ``reg`` (Martinser/REG): as REPA, plus the representation token, which stands first there and last here. Attention
+  does not see the difference: its row of the position table is zero. REG's class tokens are DINOv2's as they are,
+  those of our training are standardised; sampling drops them.
 """
 
 from __future__ import annotations
@@ -26,10 +29,10 @@ from vrpo.errors import CheckpointError, nearest
 from vrpo.models.layers import time_frequencies
 from vrpo.models.transformer import DiffusionTransformer
 
-Source = Literal["dit", "sit", "repa"]
+Source = Literal["dit", "sit", "repa", "reg"]
 StateDict = dict[str, Tensor]
 
-_KINDS = {"dit": "DiT", "sit": "SiT", "repa": "SiT"}
+_KINDS = {"dit": "DiT", "sit": "SiT", "repa": "SiT", "reg": "SiT"}
 _TRUNK_NAMES = {
     "patch_embedding.projection": "x_embedder.proj",
     "time_embedding.expand": "t_embedder.mlp.0",
@@ -37,6 +40,9 @@ _TRUNK_NAMES = {
     "label_embedding.table": "y_embedder.embedding_table",
     "final.modulation": "final_layer.adaLN_modulation.1",
     "final.linear": "final_layer.linear",
+    "representation.embedding": "cls_projectors2",
+    "representation.norm": "wg_norm",
+    "representation.output": "final_layer.linear_cls",
 }
 _BLOCK_NAMES = {
     "attention.qkv": "attn.qkv",
@@ -92,7 +98,7 @@ def from_published(published: Mapping[str, Tensor], model: DiffusionTransformer,
     published = _join_legacy_blocks(published)
     expected = {published_name(name): (name, value.shape) for name, value in model.state_dict().items()}
     expected_shapes = {name: shape for name, (_, shape) in expected.items()}
-    expected_shapes["pos_embed"] = model.get_buffer("position_table").shape
+    expected_shapes["pos_embed"] = _position_table(model).shape
     for name, shape in expected_shapes.items():
         if name in published and published[name].shape != shape:
             raise CheckpointError(
@@ -121,26 +127,27 @@ def to_published(
 ) -> StateDict:
     """Return the weights of ``model`` in the names and conventions of ``source``, position table included.
 
-    ``projectors`` (for "repa") are named as ``repa_projectors`` returns them; REPA's loader requires them.
+    ``projectors`` (for "repa" and "reg") are named as ``repa_projectors`` returns them; REPA's loader requires them.
 
     Raises:
         CheckpointError: a model that ``source`` cannot express: of the other kind, unconditional, with QK
-            normalisation (only REPA has it), or with a learned variance (REPA has none).
+            normalisation (only REPA and REG have it), with a learned variance (these have none), or with a
+            representation token (only REG has one, and always).
     """
     _check_source(model, source)
     if model.label_embedding is None:
         raise CheckpointError(
             f"An unconditional model cannot be written as '{source}': the published ones have classes."
         )
-    if model.config["qk_norm"] and source != "repa":
+    if model.config["qk_norm"] and source not in ("repa", "reg"):
         raise CheckpointError(f"The models of '{source}' have no QK normalisation: write this one as 'repa'.")
-    if model.learn_sigma and source == "repa":
-        raise CheckpointError("REPA's models have no learned variance: write this one as 'sit'.")
+    if model.learn_sigma and source in ("repa", "reg"):
+        raise CheckpointError(f"The models of '{source}' have no learned variance: write this one as 'sit'.")
     state: StateDict = {name: value.detach() for name, value in model.state_dict().items()}
     if source == "sit":
         state = _reverse_time(state)
     published = {published_name(name): value for name, value in state.items()}
-    published["pos_embed"] = model.get_buffer("position_table")
+    published["pos_embed"] = _position_table(model)
     published |= {_PROJECTORS + name: value for name, value in (projectors or {}).items()}
     return published
 
@@ -213,6 +220,17 @@ def _check_source(model: DiffusionTransformer, source: str) -> None:
             f"Weights of '{source}' belong to a {_KINDS[source]} model, and this is a {model.kind}: "
             f"build it as {_KINDS[source]}."
         )
+    if (source == "reg") != (model.representation is not None):
+        has, remedy = ("no", "give it one with token_width") if source == "reg" else ("a", "use the source 'reg'")
+        raise CheckpointError(f"The model has {has} representation token, unlike those of '{source}': {remedy}.")
+
+
+def _position_table(model: DiffusionTransformer) -> Tensor:
+    """Return the position table (1, N, D) as it is published, with a row of zeros for a token before the image's."""
+    table = model.get_buffer("position_table")
+    if model.representation is None:
+        return table
+    return torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
 
 
 def _join_legacy_blocks(published: Mapping[str, Tensor]) -> StateDict:
@@ -228,7 +246,7 @@ def _join_legacy_blocks(published: Mapping[str, Tensor]) -> StateDict:
 
 
 def _check_position_table(published: Mapping[str, Tensor], model: DiffusionTransformer) -> None:
-    table = model.get_buffer("position_table")
+    table = _position_table(model)
     if "pos_embed" not in published or table.is_meta:
         return
     difference = (published["pos_embed"].to(table) - table).abs().max()
