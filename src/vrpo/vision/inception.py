@@ -126,6 +126,7 @@ def _build() -> nn.Module:
     torch.save({}, empty)
     empty.seek(0)
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         return Extractor(NAME, ["2048"], feature_extractor_weights_path=empty)
 
 
