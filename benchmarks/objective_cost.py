@@ -28,12 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from machine import describe, slug
-from memory import LiveBytes, storages
 from vrpo.alignment.build import build_objective
 from vrpo.alignment.objective import TargetBatch
 from vrpo.config import RunConfig
 from vrpo.config_load import load_preset, merge, validate
 from vrpo.models.transformer import SIZES, DiffusionTransformer, build_transformer, parse_model_name
+from vrpo.planning.live_bytes import LiveBytes, storages
 from vrpo.sampling import DTYPES, build_denoising
 from vrpo.training.ema import Ema
 from vrpo.training.optim import Optimizer

@@ -18,6 +18,7 @@ import torch
 
 from vrpo.config_load import build_config, load_preset
 from vrpo.errors import ConfigError
+from vrpo.planning.live_bytes import LiveBytes
 from vrpo.training.trainer import Trainer
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -39,7 +40,7 @@ def load(name: str) -> ModuleType:
 
 def test_live_bytes_are_counted_storage_by_storage() -> None:
     given = torch.zeros(1000)
-    with load("memory").LiveBytes() as live:
+    with LiveBytes() as live:
         first = given + 1  # 4,000
         view = first[:10]
         given.add_(1)  # nothing new
@@ -55,7 +56,7 @@ def test_live_bytes_are_counted_storage_by_storage() -> None:
 def test_live_bytes_see_what_autograd_keeps_and_what_backward_makes() -> None:
     weight = torch.randn(64, 64, requires_grad=True)
     x = torch.randn(32, 64)
-    with load("memory").LiveBytes() as live:
+    with LiveBytes() as live:
         hidden = torch.sin(x @ weight)  # the product is kept for the backward pass, the sine is not
         loss = hidden.sum()
         del hidden

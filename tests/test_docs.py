@@ -19,6 +19,7 @@ from pydantic import BaseModel
 import vrpo.commands.data
 import vrpo.commands.evaluation
 import vrpo.commands.images
+import vrpo.commands.plan
 import vrpo.commands.representation
 import vrpo.commands.training
 from vrpo.alignment.objective import AlignmentBatch
@@ -325,6 +326,7 @@ def test_every_command_in_the_text_parses(page: Path, monkeypatch: pytest.Monkey
         vrpo.commands.evaluation,
         vrpo.commands.images,
         vrpo.commands.representation,
+        vrpo.commands.plan,
         vrpo.commands.training,
     ):
 
@@ -348,7 +350,7 @@ def test_every_command_in_the_text_parses(page: Path, monkeypatch: pytest.Monkey
         with pytest.raises(Parsed):
             getattr(importlib.import_module(f"vrpo.commands.{module}"), function)(arguments)
         options, rest = found[-1]
-        if name == "train":
+        if name in ("train", "plan"):
             build_config({} if options.preset is None else load_preset(options.preset), rest)
         elif name == "presets" and options.name is not None:
             load_preset(options.name)

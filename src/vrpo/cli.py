@@ -20,6 +20,7 @@ COMMANDS = {
     "data info": ("data.data_info", "Say what a prepared data set holds."),
     "data verify": ("data.data_verify", "Check every byte of a prepared data set against its hashes."),
     "encoder fit": ("data.encoder_fit", "Train a small encoder on a labelled data set."),
+    "plan": ("plan.plan", "Say what a run takes: memory, disk, time, cost."),
     "presets": ("training.presets", "List the presets, or show one: vrpo presets NAME [--full]."),
     "train": ("training.train", "Train a diffusion transformer."),
     "sample": ("images.sample", "Draw images from a run."),

@@ -96,6 +96,10 @@ class WithScaffold(Wrapper):
         self._step: _Step | None = None
         self._seen = (0, 0, 0)
 
+    def begin(self) -> None:
+        """Take who supplies to be as it was made, without reading tensors, which may have no values."""
+        self._known = (False,) * len(self.own), 0
+
     def taps(self, batch: AlignmentBatch) -> Taps:
         """Return the inner objective's taps, and one that supplies keys and values to the block."""
         inner = super().taps(batch)

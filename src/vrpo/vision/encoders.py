@@ -208,7 +208,7 @@ def load_encoder(
             that cannot be read.
         CheckpointError: weights that cannot be had, or of another architecture.
     """
-    backbone = _load_backbone(name, weights=weights, feature=feature)
+    backbone = load_backbone(name, weights=weights, feature=feature)
     exact = grid * backbone.stride
     size = _checked_input(backbone, input_size if input_size is not None else backbone.fixed_input or exact)
     encoder = Encoder(
@@ -249,12 +249,13 @@ def load_feature_network(
         return inception.load_inception(weights=weights, input_size=input_size, device=device)
     if Path(name).suffix == ".safetensors" and weights is None:
         name, weights = CONV_NAME, name
-    backbone = _load_backbone(_FEATURE_NAMES.get(name, name), weights=weights, feature=None)
+    backbone = load_backbone(_FEATURE_NAMES.get(name, name), weights=weights, feature=None)
     size = _checked_input(backbone, input_size if input_size is not None else backbone.default_input)
     return FeatureNetwork(backbone, input_size=size, **_placement(device, dtype))
 
 
-def _load_backbone(name: str, *, weights: str | Path | None, feature: int | None) -> Backbone:
+def load_backbone(name: str, *, weights: str | Path | None, feature: int | None) -> Backbone:
+    """Return the network of an encoder, not yet fitted to a grid; arguments and errors as ``load_encoder``'s."""
     from vrpo.vision.convnet import load_conv
     from vrpo.vision.timm_encoder import is_timm_folder, load_timm
     from vrpo.vision.transformers_encoder import is_transformers, load_transformers

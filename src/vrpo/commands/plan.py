@@ -1,0 +1,241 @@
+"""The command ``plan``: what a run takes, before it is started."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from vrpo.commands.parse import option_names, parse
+from vrpo.config import Count, Positive, RunConfig
+from vrpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vrpo.planning.plan import DataFacts, Plan
+
+IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
+
+
+@dataclass
+class PlanOptions:
+    """Say what a run takes: parameters, operations, memory, disk, time and cost. Overrides are as in `vrpo train`."""
+
+    preset: str | None = None
+    """The run: a name that `vrpo presets` lists."""
+    config: Path | None = None
+    """The run: a YAML file, for example a run's config.yaml."""
+    data: Path | None = None
+    """Prepared data set that it is to train on; default what the preset says of it."""
+    data_images: Annotated[Count, Field(gt=0)] = IMAGENET_IMAGES
+    """Images of a data set that is not prepared yet."""
+    classes: Annotated[int, Field(ge=0)] = IMAGENET_CLASSES
+    """Classes of a data set that is not prepared yet."""
+    gpu: str | None = None
+    """Machine to plan for, such as h100; default h100."""
+    count: Positive = 1
+    """Number of those."""
+    here: bool = False
+    """Plan for this machine, and measure its speed for some seconds."""
+    utilisation: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the peak rate that training reaches on --gpu; default 0.35."""
+    price: Annotated[float, Field(ge=0)] = 0.0
+    """Price of one machine an hour, in any currency."""
+    json: bool = False
+    """Print JSON."""
+
+
+def plan(words: list[str]) -> int:
+    """Plan a run."""
+    options, rest = parse(PlanOptions, words, "plan", rest=not {"--help", "-h"} & set(words))
+    config = _read_config(options, rest)
+    if options.here and options.gpu is not None:
+        raise ConfigError("give --gpu or --here, not both: the first is a machine that is not here.")
+
+    from vrpo.planning.machines import UTILISATION, find_machine
+    from vrpo.planning.plan import make_plan
+
+    data = _facts(options, config)
+    if options.here:
+        record = _plan_here(options, config, data)
+    else:
+        machine = find_machine(options.gpu or "h100")
+        made = make_plan(config, data, count=options.count, reduced_encoders=True)
+        utilisation = options.utilisation or UTILISATION
+        rate, encoder_rate = machine.rate(made.precision), machine.rate("bf16")
+        seconds = made.seconds(rate * utilisation, encoder_rate * utilisation)
+        basis = f"{utilisation:.0%} of the peak of {options.count} x {machine.name}"
+        record = _record(made, machine.name, machine.memory_gb * 1e9, seconds, basis, options)
+    print(json.dumps(record, indent=1) if options.json else _render(record))
+    return 0
+
+
+def _read_config(options: PlanOptions, rest: list[str]) -> RunConfig:
+    from vrpo.config_load import build_config, load_file, load_preset
+    from vrpo.training.setup import check_config
+
+    if (options.preset is None) == (options.config is None):
+        raise ConfigError("vrpo plan needs --preset NAME or --config FILE, one of the two: see `vrpo presets`.")
+    if options.preset is not None:
+        where, values = f"preset {options.preset}", load_preset(options.preset)
+    else:
+        where, values = str(options.config), load_file(Path(str(options.config)))
+    config = build_config(values, rest, where, option_names(PlanOptions))
+    check_config(config)
+    return config
+
+
+def _facts(options: PlanOptions, config: RunConfig) -> DataFacts:
+    """Return what is known of the data: from the data set itself, or from the configuration and the options."""
+    from vrpo.planning.plan import LATENT_CHANNELS, DataFacts
+    from vrpo.planning.trace import DataShape
+
+    path = options.data or config.data.path
+    if path is not None:
+        from vrpo.data.shards import ShardedDataset
+        from vrpo.training.data_checks import check_data
+
+        dataset = ShardedDataset(path)
+        flip = dataset.manifest.preprocessing.flip == "random"
+        check_data(config, dataset, flip if config.data.flip is None else config.data.flip)
+        classes = dataset.num_classes if config.data.conditional else 0
+        shape = DataShape(dataset.image_size, dataset.input_size, dataset.in_channels, classes)
+        return DataFacts(shape, len(dataset), flip, dataset.latents is not None)
+    size, latent = config.data.image_size, config.data.latent_size
+    if size is None:
+        raise ConfigError(
+            "vrpo plan does not know the size of the images: give --data FOLDER, or --data.image-size N (and "
+            "--data.latent-size N for latents)."
+        )
+    classes = options.classes if config.data.conditional else 0
+    shape = DataShape(size, latent or size, LATENT_CHANNELS if latent else 3, classes)
+    return DataFacts(shape, options.data_images, config.data.flip is not False, latent is not None)
+
+
+def _plan_here(options: PlanOptions, config: RunConfig, data: DataFacts) -> dict[str, Any]:
+    import platform
+
+    import torch
+
+    from vrpo.planning.calibrate import measure
+    from vrpo.planning.plan import make_plan
+    from vrpo.training.setup import resolve_device
+
+    device = resolve_device(config.train.device)
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        name, available = found.name, float(found.total_memory)
+    else:
+        name = f"this CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+        available = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    made = make_plan(config, data, count=options.count, reduced_encoders=device.type == "cuda")
+    speed = measure(config, data.shape, made, device=device, available=available)
+    seconds = made.budget / (speed.images_per_second * options.count)
+    basis = f"measured here with {speed.images} images at once"
+    return _record(made, name, available, seconds, basis, options)
+
+
+def _record(
+    made: Plan, machine: str, available: float, seconds: float, basis: str, options: PlanOptions
+) -> dict[str, Any]:
+    return {
+        **made.to_dict(),
+        "machine": {
+            "name": machine,
+            "count": options.count,
+            "memory_bytes": int(available),
+            "fits": made.memory.fits(available),
+        },
+        "time": {
+            "seconds": seconds,
+            "images_per_second": made.budget / seconds,
+            "basis": basis,
+            "price_an_hour": options.price,
+            "cost": options.price * options.count * seconds / 3600,
+        },
+    }
+
+
+def _render(record: dict[str, Any]) -> str:
+    import io
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{record['name']}: {record['model']}, {record['objective']}", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column()
+    for section, rows in _sections(record):
+        for name, value, note in rows:
+            table.add_row(name, value, note)
+        if section != "time":
+            table.add_section()
+    output = io.StringIO()
+    Console(file=output, width=110, force_terminal=False).print(table)
+    return output.getvalue().rstrip()
+
+
+def _sections(record: dict[str, Any]) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    flops, memory, disk, when = record["flops"], record["memory"], record["disk"], record["time"]
+    machine, objective = record["machine"], record["objective"]
+    several = f", {record['micro']} at a time" if record["micro"] < record["share"] else ""
+    parameters = [(f"parameters, {name}", f"{count / 1e6:,.1f} M", "") for name, count in record["parameters"].items()]
+    operations = [
+        ("FLOPs an image, trunk", f"{flops['trunk_training'] / 1e9:,.1f} G", "forward and backward"),
+        ("FLOPs an image, objective", f"{flops['objective'] / 1e9:,.1f} G", objective),
+        ("FLOPs an image, encoders", f"{flops['encoders'] / 1e9:,.1f} G", ", ".join(record["encoder_names"])),
+        ("FLOPs an image, sampling", f"{flops['trunk_forward'] / 1e9:,.1f} G", "one step, without guidance"),
+    ]
+    if flops["autoencoder_encode"]:
+        both = f"{flops['autoencoder_encode'] / 1e9:,.0f} G, {flops['autoencoder_decode'] / 1e9:,.0f} G"
+        operations.append(("FLOPs an image, autoencoder", both, "encoding once, decoding a sample"))
+    held = [(f"memory, {part}", _gigabytes(memory[part]), note) for part, note in _PARTS.items()]
+    fits = (
+        "fits" if machine["fits"] else "does NOT fit: use train.micro_batch, model.checkpoint_blocks or more machines"
+    )
+    held.append(("memory, peak of one process", _gigabytes(memory["total"]), f"{machine['name']}: {fits}"))
+    stored = [
+        ("disk, prepared data", _gigabytes(disk["data"]), ""),
+        ("disk, checkpoints", _gigabytes(disk["checkpoints"]), ""),
+    ]
+    if disk["token_cache"]:
+        kept = "kept (encoder.cache)" if record["caches_tokens"] else "not kept: tokens are computed online"
+        stored.append(("disk, token cache", _gigabytes(disk["token_cache"]), kept))
+    budget = f"{record['budget']:,} images, {record['batch']} a step, {record['share']} a process{several}"
+    times = [
+        ("speed", f"{when['images_per_second']:,.1f} images/s", when["basis"]),
+        ("time", _duration(when["seconds"]), budget),
+    ]
+    if when["price_an_hour"]:
+        times.append(("cost", f"{when['cost']:,.2f}", f"at {when['price_an_hour']:g} an hour for each"))
+    return [
+        ("parameters", parameters),
+        ("operations", operations),
+        ("memory", held),
+        ("disk", stored),
+        ("time", times),
+    ]
+
+
+_PARTS = {
+    "weights": "",
+    "ema": "averaged weights",
+    "moments": "of the optimiser",
+    "objective": "projectors: weights, moments, copies",
+    "encoders": "",
+    "gradients": "at the peak",
+    "activations": "and all else of a step at the peak",
+}
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB"
+
+
+def _duration(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:,.1f} h" if hours >= 1 else f"{seconds / 60:,.1f} min"

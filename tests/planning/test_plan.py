@@ -1,0 +1,113 @@
+"""`vrpo plan`: what it prints, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from vrpo.cli import main
+from vrpo.config_load import validate
+from vrpo.errors import ConfigError
+from vrpo.planning.machines import MACHINES, find_machine
+from vrpo.planning.plan import DataFacts, make_plan
+from vrpo.planning.trace import DataShape
+
+SMALL = "--preset cifar10-sit-ti-4-none --data.image-size 32 --classes 10 --data-images 50k"
+
+
+def run(capsys: pytest.CaptureFixture[str], words: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", *words.split()])
+    printed = capsys.readouterr()
+    return int(stop.value.code or 0), printed.out, printed.err
+
+
+def test_a_plan_for_a_machine_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, f"{SMALL} --gpu h100 --count 2 --price 2 --utilisation 0.5 --json")
+    plan = json.loads(out)
+    assert code == 0
+    flops = plan["flops"]["trunk_training"] + plan["flops"]["objective"]
+    assert plan["time"]["seconds"] == pytest.approx(64_000 * flops / (0.5 * 989e12 * 2))
+    assert plan["time"]["cost"] == pytest.approx(2 * 2 * plan["time"]["seconds"] / 3600)
+    assert plan["parameters"] == {"trunk": pytest.approx(5.5e6, rel=0.1), "objective": 0}
+    assert plan["disk"]["data"] == 50_000 * 3 * 32 * 32
+    assert plan["machine"]["fits"] is True
+    parts = [plan["memory"][name] for name in ("weights", "ema", "moments", "objective", "encoders")]
+    assert sum(parts) == plan["memory"]["persistent"]
+    assert plan["memory"]["total"] == plan["memory"]["persistent"] + sum(
+        plan["memory"][name] for name in ("gradients", "activations")
+    )
+
+
+def test_the_table_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, SMALL)
+    assert code == 0
+    for words in (
+        "parameters, trunk",
+        "memory, activations",
+        "disk, checkpoints",
+        "35% of the peak of 1 x H100",
+        "time",
+    ):
+        assert words in out
+
+
+def test_a_plan_for_this_machine_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    words = (
+        "--preset cifar10-sit-ti-4-repa --data.image-size 16 --model.name SiT-N/8 --here --json --train.device cpu "
+        "--encoder.name vit_tiny_patch16_224 --align.depth 2 --train.batch-size 4 --train.precision fp32"
+    )
+    code, out, _ = run(capsys, words)
+    plan = json.loads(out)
+    assert code == 0
+    assert plan["time"]["basis"].startswith("measured here with")
+    assert 0.1 < plan["time"]["images_per_second"] < 1e5
+    assert plan["machine"]["memory_bytes"] > 1e8
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("", "vrpo plan needs --preset NAME or --config FILE"),
+        ("--preset cifar10-sit-ti-4-none", "does not know the size of the images: give --data FOLDER"),
+        (f"{SMALL} --gpu h10", "--gpu 'h10' is not in the table of machines: did you mean 'h100'?"),
+        (f"{SMALL} --gpu h100 --here", "give --gpu or --here, not both"),
+        (f"{SMALL} --count 3", "--count 3 does not divide train.batch_size 64 evenly: use --count 2"),
+        (f"{SMALL} --utilisation 2", "--utilisation"),
+        (f"{SMALL} --prise 2", "did you mean '--price'"),
+    ],
+)
+def test_what_cannot_be_planned(capsys: pytest.CaptureFixture[str], words: str, sentence: str) -> None:
+    code, _, err = run(capsys, words)
+    assert code == 2
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+def test_machines_are_found_however_they_are_written() -> None:
+    assert find_machine("RTX 4090") is MACHINES["rtx4090"]
+    assert find_machine("A100-40") is MACHINES["a100-40"]
+    with pytest.raises(ConfigError):
+        find_machine("abacus")
+
+
+def planned(count: int) -> Any:
+    values = {"model": {"name": "SiT-N/2"}, "align": {"objective": "none"}, "train": {"batch_size": 64}}
+    facts = DataFacts(DataShape(16, 16, 3, 3), images=100, flips=False, latents=False)
+    return make_plan(validate(values, "the test"), facts, count=count, reduced_encoders=False)
+
+
+def test_more_processes_hold_less_and_take_less_time() -> None:
+    one, four = planned(1), planned(4)
+    assert (one.share, four.share) == (64, 16)
+    assert four.memory.activations < 0.5 * one.memory.activations
+    assert four.memory.gradients == 4 * four.parameters["trunk"]
+    assert four.seconds(1e12, 1e12) == pytest.approx(one.seconds(1e12, 1e12) / 4)
+
+
+def test_one_machine_s_memory_is_refused_when_it_is_too_small() -> None:
+    plan = planned(1)
+    assert plan.memory.fits(80e9)
+    assert not plan.memory.fits(plan.memory.total)  # nothing would be left for the driver
