@@ -119,7 +119,7 @@ def test_dinov2_alone_is_the_network_of_fd_dinov2(monkeypatch: pytest.MonkeyPatc
         asked.append(name)
         raise ConfigError("far enough")
 
-    monkeypatch.setattr("vrpo.vision.encoders._load_backbone", load)
+    monkeypatch.setattr("vrpo.vision.encoders.load_backbone", load)
     for name in ("dinov2", "dinov2-vit-b"):
         with pytest.raises(ConfigError):
             load_feature_network(name)
