@@ -16,9 +16,10 @@ INTERRUPTED = 130
 # Each command is a function of a module of `vrpo.commands`, imported only when it runs, so that help answers at once.
 COMMANDS = {
     "demo": ("training.demo", "Train with and without alignment on small images, compare, write a report."),
-    "prepare": ("data.prepare", "Turn a folder or zip of images into a data set."),
+    "prepare": ("data.prepare", "Turn images in any of many layouts, or their latents, into a data set."),
     "data info": ("data.data_info", "Say what a prepared data set holds."),
     "data verify": ("data.data_verify", "Check every byte of a prepared data set against its hashes."),
+    "data browse": ("data.data_browse", "Write a page of random samples of a prepared data set."),
     "encoder fit": ("data.encoder_fit", "Train a small encoder on a labelled data set."),
     "plan": ("plan.plan", "Say what a run takes: memory, disk, time, cost."),
     "presets": ("training.presets", "List the presets, or show one: vrpo presets NAME [--full]."),

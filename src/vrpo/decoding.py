@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vrpo.data.manifest import LatentRecord, Manifest, Normaliser
+from vrpo.data.shards import ShardedDataset
+from vrpo.data.transforms import to_uint8
 from vrpo.errors import ConfigError
 from vrpo.vision.autoencoders import Decoder, LatentDecoder, Pixels, load_autoencoder
 
@@ -55,6 +59,25 @@ def refuse_other(record: LatentRecord, fingerprint: str, name: str) -> None:
             f"('{record.autoencoder}', {record.weights[:12]}): give that one, or say --sample.any-decoder True "
             "(--any-decoder) to decode with this one all the same."
         )
+
+
+def decode_stored(
+    dataset: ShardedDataset, *, named: str | None, any_decoder: bool, device: torch.device | str
+) -> Callable[[Tensor], Tensor]:
+    """Return what turns a data set's stored latents (B, C, h, w) into uint8 images (B, 3, H, W) on the CPU.
+
+    Of posteriors the mean is decoded. Errors are those of ``load_decoder``, and ConfigError where there are no latents.
+    """
+    record, normaliser = dataset.latents, dataset.manifest.normaliser
+    if record is None or normaliser is None:
+        raise ConfigError(f"'{dataset.path}' holds no latents to decode: leave out --decode and --decoder.")
+    decoder = load_decoder(record, normaliser, named=named, any_decoder=any_decoder, device=device)
+    shift, scale = (torch.tensor(values)[:, None, None] for values in (normaliser.shift, normaliser.scale))
+
+    def decode(stored: Tensor) -> Tensor:
+        return to_uint8(decoder((stored[:, : record.channels].float() - shift) * scale)).cpu()
+
+    return decode
 
 
 def latent_state(manifest: Manifest) -> dict[str, Any]:

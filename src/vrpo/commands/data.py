@@ -1,4 +1,4 @@
-"""The commands about data: ``prepare``, ``data info``, ``data verify``, ``encoder fit``."""
+"""The commands about data: ``prepare``, ``data info``, ``data verify``, ``data browse``, ``encoder fit``."""
 
 from __future__ import annotations
 
@@ -139,6 +139,49 @@ def data_verify(words: list[str]) -> int:
     with TrainingDisplay() as display:
         manifest = verify_dataset(options.path, lambda done, total: display.progress("verifying bytes", done, total))
     print(f"{options.path}: {manifest.counts.images:,} images in {len(manifest.shards)} shards, all as prepared.")
+    return 0
+
+
+@dataclass
+class DataBrowse:
+    """Write an HTML page of random samples with their classes; latents without pixels are decoded."""
+
+    path: Positional[Path]
+    """Folder made by `vrpo prepare`."""
+    html: Path
+    """File to write."""
+    count: Positive = 64
+    """Samples to show."""
+    seed: Seed = 0
+    """Which samples."""
+    decode: bool = False
+    """Decode the latents even where there are pixels, and show both."""
+    decoder: str | None = None
+    """Where the autoencoder of the latents lies; default as recorded."""
+    any_decoder: bool = False
+    """Decode with it even if it is not the one that made the latents."""
+    device: str = "auto"
+    """Where the autoencoder runs: auto, cpu or cuda."""
+
+
+def data_browse(words: list[str]) -> int:
+    """Show samples of a data set."""
+    options, _ = parse(DataBrowse, words, "data browse")
+    check_output(options.html)
+
+    from vrpo.data.browse import browse
+    from vrpo.data.shards import ShardedDataset
+
+    dataset = ShardedDataset(options.path)
+    decode = None
+    if options.decode or options.decoder is not None or not dataset.holds_pixels:
+        from vrpo.decoding import decode_stored
+
+        decode = decode_stored(
+            dataset, named=options.decoder, any_decoder=options.any_decoder, device=_device(options.device)
+        )
+    shown = browse(dataset, options.html, count=options.count, seed=options.seed, decode=decode)
+    print(f"{shown:,} of {len(dataset):,} samples: {options.html}")
     return 0
 
 

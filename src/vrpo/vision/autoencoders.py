@@ -130,7 +130,8 @@ class LatentDecoder:
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Return images (B, 3, H, W) of normalised latents (B, C, h, w)."""
-        return self.autoencoder.decode(latents.float() / self._scale + self._shift)
+        latents = latents.to(self.autoencoder.device).float()
+        return self.autoencoder.decode(latents / self._scale + self._shift)
 
 
 def load_autoencoder(name: str, device: torch.device | str = "cpu", precision: str = "fp32") -> Autoencoder:
