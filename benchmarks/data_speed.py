@@ -1,6 +1,6 @@
 """Speed and memory of data: shuffled latent rows, preparing images, opening a data set of ImageNet's size.
 
-    python benchmarks/data.py --images tiny-imagenet-50-train.zip
+    python benchmarks/data_speed.py --images tiny-imagenet-50-train.zip
 
 Ratios compare two ways of doing the same in one run, in turns. Memory is that of a process of its own, with its
 workers. PyTorch is imported only where it is needed, because workers import this file too.
@@ -290,7 +290,7 @@ def main() -> None:
             results[name] = result
             print(name, json.dumps(result), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / f"data-{slug(machine)}.json"
+    file = options.out / f"data-speed-{slug(machine)}.json"
     file.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n", encoding="utf-8")
     print(f"written to {file}")
 
