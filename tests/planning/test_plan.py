@@ -93,8 +93,9 @@ def test_machines_are_found_however_they_are_written() -> None:
         find_machine("abacus")
 
 
-def planned(count: int) -> Any:
-    values = {"model": {"name": "SiT-N/2"}, "align": {"objective": "none"}, "train": {"batch_size": 64}}
+def planned(count: int, parallel: str = "ddp") -> Any:
+    train = {"batch_size": 64, "parallel": parallel}
+    values = {"model": {"name": "SiT-N/2"}, "align": {"objective": "none"}, "train": train}
     facts = DataFacts(DataShape(16, 16, 3, 3), images=100, flips=False, latents=False)
     return make_plan(validate(values, "the test"), facts, count=count, reduced_encoders=False)
 
@@ -105,6 +106,14 @@ def test_more_processes_hold_less_and_take_less_time() -> None:
     assert four.memory.activations < 0.5 * one.memory.activations
     assert four.memory.gradients == 4 * four.parameters["trunk"]
     assert four.seconds(1e12, 1e12) == pytest.approx(one.seconds(1e12, 1e12) / 4)
+
+
+def test_sharded_networks_are_divided() -> None:
+    whole, parts = planned(4).memory, planned(4, "fsdp").memory
+    for name in ("weights", "ema", "moments", "gradients"):
+        assert getattr(parts, name) == pytest.approx(getattr(whole, name) / 4, rel=1e-6)
+    block = whole.weights / 4  # SiT-N has four
+    assert whole.activations < parts.activations <= whole.activations + 3 * block
 
 
 def test_one_machine_s_memory_is_refused_when_it_is_too_small() -> None:

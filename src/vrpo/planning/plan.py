@@ -7,7 +7,7 @@ from typing import Any
 
 from vrpo.config import RunConfig
 from vrpo.errors import ConfigError
-from vrpo.models.transformer import parse_model_name
+from vrpo.models.transformer import SIZES, parse_model_name
 from vrpo.planning.flops import autoencoder_flops, trunk_flops
 from vrpo.planning.trace import DataShape, EncoderTrace, StepTrace, trace_encoder, trace_step
 
@@ -162,7 +162,7 @@ def make_plan(config: RunConfig, data: DataFacts, *, count: int, reduced_encoder
             autoencoder_encode=encode,
             autoencoder_decode=decode,
         ),
-        memory=_memory(step, encoders, images=share // train.noisings, buckets=count > 1),
+        memory=_memory(config, step, encoders, count=count, share=share, micro=micro),
         disk=_disk(config, data, step, encoders, grid),
         encoder_names=tuple(encoder.name for encoder in encoders),
         caches_tokens=all(encoder.cache for encoder in config.encoders),
@@ -183,16 +183,29 @@ def _share(config: RunConfig, count: int) -> tuple[int, int]:
     return share, min(micro, share)
 
 
-def _memory(step: StepTrace, encoders: list[EncoderTrace], *, images: int, buckets: bool) -> Memory:
-    # Gradients that several processes exchange live in buckets of their own throughout.
-    gradients = FLOAT * (step.trunk_parameters + step.objective_parameters) if buckets else step.gradients_at_peak
-    activations = step.peak_beside_gradients if buckets else step.peak - step.gradients_at_peak
+def _memory(
+    config: RunConfig, step: StepTrace, encoders: list[EncoderTrace], *, count: int, share: int, micro: int
+) -> Memory:
+    images, parallel = share // config.train.noisings, config.train.parallel
+    trunk_gradients, other_gradients = FLOAT * step.trunk_parameters, FLOAT * step.objective_parameters
+    gradients, activations, shards = step.gradients_at_peak, step.peak - step.gradients_at_peak, 1
+    if count > 1:
+        activations = step.peak_beside_gradients
+        if parallel == "ddp":
+            # Gradients that several processes exchange live in buckets of their own throughout.
+            gradients = trunk_gradients + other_gradients
+        else:
+            shards = count if parallel == "fsdp" else config.train.shard_size or count
+            # Gradients meet in the last of several passes; until then each process keeps its own, whole.
+            gradients = trunk_gradients // (1 if micro < share else shards) + other_gradients
+            # A block that runs is whole, and so are the next one's weights and its own gradient.
+            activations += 3 * step.trunk_bytes // SIZES[parse_model_name(config.model.name).size].depth
     working = max((images * encoder.working_bytes for encoder in encoders), default=0)
-    beyond = max(0, working - activations - (0 if buckets else gradients))
+    beyond = max(0, working - activations - (0 if count > 1 else gradients))
     return Memory(
-        weights=step.trunk_bytes,
-        ema=step.trunk_bytes,
-        moments=2 * FLOAT * step.trunk_parameters,
+        weights=step.trunk_bytes // shards,
+        ema=step.trunk_bytes // shards,
+        moments=2 * FLOAT * step.trunk_parameters // shards,
         objective=step.objective_bytes + 2 * FLOAT * step.objective_parameters,
         encoders=sum(encoder.bytes for encoder in encoders) + beyond,
         gradients=gradients,
