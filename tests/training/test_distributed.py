@@ -18,6 +18,11 @@ from vrpo.training.checkpoint import PARTS, find_checkpoints, load_checkpoint
 from vrpo.training.distributed import World, share
 from vrpo.training.trainer import Trainer
 
+# A token, and a scaffold whose trials not every pass of every process takes part in.
+INSIDE = {
+    "objective": "reg",
+    "scaffold": {"supply": "advantage", "fraction": 0.25, "latest": 0.5},
+}
 SAMPLED = {"mode": "sampled", "group": 4, "trust": 0.01}
 
 
@@ -61,8 +66,10 @@ def numbers(value: Any) -> np.ndarray:
         ({"objective": "vrpo", "vrpo": {"warmup": 0.2}}, 2, {"parallel": "fsdp", "micro_batch": 2}),
         ({"objective": "vrpo", "depth": [1, 2], "vrpo": {"warmup": 0.2, **SAMPLED}}, 2, {"micro_batch": 2}),
         ({"objective": "haste", "haste": {"stop": "fixed", "stop_images": 48}}, 2, {"micro_batch": 2}),
+        (INSIDE, 2, {"micro_batch": 2}),
+        (INSIDE, 2, {"parallel": "fsdp"}),
     ],
-    ids=["repa", "repa-hybrid", "vrpo", "vrpo-fsdp", "vrpo-sampled", "haste-that-ends"],
+    ids=["repa", "repa-hybrid", "vrpo", "vrpo-fsdp", "vrpo-sampled", "haste-that-ends", "inside", "inside-fsdp"],
 )
 def test_processes_train_as_one(
     align: dict[str, Any], size: int, train: dict[str, Any], team: Team, make_config: Any, tmp_path: Path

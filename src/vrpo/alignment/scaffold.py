@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from vrpo.alignment.gate import RunningMeans, binned, time_bins
@@ -89,7 +90,7 @@ class WithScaffold(Wrapper):
         self.register_buffer("growth", torch.zeros(bins))
         self.register_buffer("stalled", torch.zeros(bins))
         self.register_buffer("trials", torch.zeros(2, bins))
-        self.register_buffer("handed_at", torch.full((bins,), torch.nan, dtype=torch.float64))
+        self.register_buffer("handed_at", torch.full((bins,), torch.nan))
         # The host's copy of the buffers ``own`` and ``steps``; None: to be read.
         self._known: tuple[tuple[bool, ...], int] | None = None
         self.register_load_state_dict_post_hook(_forget)
@@ -136,12 +137,16 @@ class WithScaffold(Wrapper):
         # Another residue each step: with several noisings a residue belongs to one part of the times.
         rows = slice((mix(step.batch.images_seen) - first) % stride, None, stride)
         own = step.own[rows]
-        if not len(own):
-            return
+        counted = len(own) > 0
+        if not counted:
+            if not _several_processes():
+                return
+            # Of sharded weights all processes must ask equally often: one image is tried for nothing.
+            rows, own = slice(0, 1), step.own[:1]
         swap = partial(self._swap, step.batch, rows, own)
         again = rerun(rows, Taps(attention={self.depth: swap}))
         advantage = torch.where(own > 0, losses[rows] - again, again - losses[rows])
-        seen = {"advantage": (advantage, advantage.isfinite())}
+        seen = {"advantage": (advantage, advantage.isfinite() & counted)}
         self.statistics.observe(seen, step.time_bin[rows])
 
     def logs(self) -> dict[str, Tensor]:
@@ -266,6 +271,10 @@ def _gap(own: Tensor, given: Tensor) -> Tensor:
     with torch.autocast(own.device.type, enabled=False):
         difference = own[:, :, : given.shape[2]].float() - given.detach().float()
         return difference.square().flatten(1).mean(1)
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _chain(first: AttentionTap, second: AttentionTap) -> AttentionTap:
