@@ -379,3 +379,37 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert load("objectives").main(["--list"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == len(load("variants").VARIANTS)
+
+
+# -- candidates -------------------------------------------------------------------------------------------------------
+
+
+def test_candidates_are_compared_at_equal_evaluations() -> None:
+    from vrpo.sampling.candidates import Selection
+
+    candidates = load("candidates")
+    selections = [Selection(4, 0.5, "best"), Selection(4, 0.5, "resample"), Selection(2, 0.8, "best")]
+    made = candidates.contenders(50, selections, [1.5])
+    steps = {contender.name: contender.steps for contender in made}
+    # 50 (4/2 + 1/2) and 50 (2/5 + 4/5) evaluations an image; guidance takes two a step.
+    assert steps == {
+        "plain": 50,
+        "best of 4 at 0.5": 50,
+        "resample of 4 at 0.5": 50,
+        "best of 2 at 0.8": 50,
+        "60 steps": 60,
+        "125 steps": 125,
+        "guidance 1.5, 30 steps": 30,
+        "guidance 1.5, 50 steps": 50,
+        "guidance 1.5, 62 steps": 62,
+    }
+
+
+def test_evaluations_are_rows_of_the_network() -> None:
+    network = torch.nn.Linear(3, 3)
+    count = load("candidates").Evaluations(network)
+    network(torch.zeros(5, 3))
+    network(torch.zeros(2, 3))
+    count.close()
+    network(torch.zeros(4, 3))
+    assert count.rows == 7
