@@ -217,6 +217,19 @@ def test_interruption_says_how_to_go_on(
     assert (code, err) == (130, f"vrpo: interrupted; {remedy}\n")
 
 
+def test_interruption_is_told_by_the_first_process_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(words: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vrpo.commands.images.sample", interrupt)
+    for rank, said in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        code, _, err = run(["sample"], capsys)
+        assert (code, "interrupted" in err) == (130, said)
+
+
 def test_python_minus_m() -> None:
     done = subprocess.run([sys.executable, "-m", "vrpo", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("vrpo ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -68,7 +69,9 @@ def main(words: Sequence[str] | None = None) -> None:
         code = error.exit_code
     except KeyboardInterrupt:
         remedy = CONTINUE.get(words[0] if words else "", "run the command again to start over.")
-        print(f"vrpo: interrupted; {remedy}", file=sys.stderr)
+        # Under a launcher all processes are interrupted, and the first one says so.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"vrpo: interrupted; {remedy}", file=sys.stderr)
         code = INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has left; closing keeps Python from complaining at exit.

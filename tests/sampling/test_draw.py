@@ -73,8 +73,9 @@ def test_folder_npz_and_grid_of_one_drawing_agree(run: Path, tmp_path: Path) -> 
     with np.load(tmp_path / "images.npz", allow_pickle=False) as arrays:
         assert set(arrays["arr_1"].tolist()) == {1, 2}
         assert json.loads(str(arrays["sampling"])) == record
-    expected = {"sampler": "ode-euler", "steps": 2, "seed": 3, "label_policy": "random", "classes": [1, 2], "count": 10}
+    expected = {"sampler": "ode-euler", "steps": 2, "seed": 3, "weights": "ema", "classes": [1, 2], "count": 10}
     assert expected.items() <= record.items()
+    assert record["label_policy"] == "random over golden_retriever and Tench"
 
 
 def test_a_smaller_set_leaves_nothing_of_a_larger_one(run: Path, tmp_path: Path) -> None:

@@ -133,10 +133,14 @@ class RunSampler:
         }
 
     def about(self, policy: LabelPolicy, seed: int, classes: Sequence[int] = ()) -> dict[str, Any]:
-        """Return all that the pixels depend on, as JSON values."""
-        sampler = self.sampler
+        """Return all that the pixels depend on, as JSON values; the label policy names the classes, if not all."""
+        sampler, names = self.sampler, self.loaded.class_names
+        protocol = self.protocol(policy, seed)
+        if classes:
+            named = (names[index] if index < len(names) else str(index) for index in classes)
+            protocol["label_policy"] += f" over {' and '.join(named)}"
         return {
-            **self.protocol(policy, seed),
+            **protocol,
             "classes": list(classes),
             "step": self.loaded.step,
             "weights_hash": self.loaded.weights_hash,
