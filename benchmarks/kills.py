@@ -128,6 +128,7 @@ def measure(kills: int, seed: int, objective: str) -> dict[str, object]:
     """Kill and resume until ``kills`` processes have died; return the record."""
     import timm  # noqa: F401  (children are forked from here, so that each need not import it anew)
 
+    import vrpo.commands.training
     import vrpo.training.trainer  # noqa: F401
 
     dice = random.Random(seed)

@@ -39,3 +39,9 @@ def test_a_hundred_kills() -> None:
     record = kill("--kills", "100", "--out", str(ROOT / "benchmarks" / "results"))
     assert_undisturbed(record, 100)
     assert record["while_a_checkpoint_was_written"] >= 10
+
+
+def test_the_recorded_hundred_kills_lost_nothing() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "kills-100-vrpo.json").read_text())
+    assert_undisturbed(record, 100)
+    assert record["while_a_checkpoint_was_written"] >= 10

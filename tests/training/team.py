@@ -97,3 +97,36 @@ def train(
             return trainer.train().status, said, False, rows
         except VrpoError as error:
             return f"{type(error).__name__}: {error}", said, error.silent, rows
+
+
+def train_spoiled(config: dict[str, Any], folder: Path) -> tuple[str, bool, str, bool]:
+    """Train while one image of the second process has an infinite loss in every step.
+
+    Returns how it ended, whether that is silent here, the key of that image in the first step, and whether the weights
+    are still the initial ones.
+    """
+    import torch
+
+    from vrpo.config_load import validate
+    from vrpo.errors import VrpoError
+    from vrpo.training.distributed import connect
+    from vrpo.training.trainer import Trainer
+
+    with connect() as world:
+        trainer = Trainer(validate(config, "the test"), folder, say=lambda sentence: None, world=world)
+        before = [parameter.detach().clone() for parameter in trainer.parts.trunk.parameters()]
+        key = trainer.parts.dataset.key(int(trainer.loader.indices(0)[1]))
+        loss = trainer.parts.denoising.loss
+
+        def spoiled(*arguments: Any) -> torch.Tensor:
+            values = loss(*arguments)
+            return values + torch.where(torch.arange(len(values)) == 1, torch.inf, 0.0)
+
+        if world.rank == 1:
+            trainer.parts.denoising.loss = spoiled  # type: ignore[method-assign]
+        try:
+            told, silent = trainer.train().status, False
+        except VrpoError as error:
+            told, silent = str(error), error.silent
+        after = trainer.parts.trunk.parameters()
+        return told, silent, key, all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

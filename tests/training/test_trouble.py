@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from team import Team, train_spoiled
 
 from vrpo.alignment.objective import Objective
 from vrpo.data.loader import BatchOrder
@@ -178,3 +179,16 @@ def test_what_was_passed_over_adds_up() -> None:
     rewinds = [Rewind(48, 6, 4), Rewind(96, 12, 9)]
     assert [passed_at(rewinds, step) for step in (0, 5, 6, 11, 12, 99)] == [0, 0, 4, 4, 9, 9]
     assert read_rewinds(Path("nowhere")) == []
+
+
+def test_processes_skip_together_and_one_tells_the_other_s_sample(make_config: Any, tmp_path: Path) -> None:
+    team = Team(2)
+    values = make_config(**STEPS).model_dump(mode="json")
+    first, second = team.run(2, train_spoiled, values, tmp_path / "run")
+    team.close()
+    assert first[0] == second[0]
+    assert f"on '{second[2]}'" in first[0]
+    assert "the denoising loss was not finite in the last 3 steps, first in step 1" in first[0]
+    assert (first[1], second[1]) == (False, True)
+    assert first[3], "a step changed the weights of the first process"
+    assert second[3], "a step changed the weights of the second process"
