@@ -222,6 +222,18 @@ def test_trigger_resumed_midway_ends_at_the_same_step() -> None:
     assert steps_until_end(None) == steps_until_end(7) == TRIGGER_PERIOD
 
 
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_trigger_follows_the_cosine_of_the_whole_step(passes: int) -> None:
+    mine, onward = torch.randn(2, 4, TOKENS, HIDDEN)
+    objective = make(stop="trigger")
+    for a, b in zip(mine.chunk(passes), onward.chunk(passes), strict=True):
+        objective._keep_gradient(a)
+        objective._keep_gradient(b)
+    objective.update()
+    cosine = torch.cosine_similarity(mine.double().flatten(), onward.double().flatten(), dim=0)
+    assert objective.trigger_sum.item() / 0.01 == pytest.approx(cosine.item(), rel=1e-4)
+
+
 def test_no_gradient_pass_leaves_the_trigger_alone() -> None:
     objective, h = make(stop="trigger"), torch.randn(2, TOKENS, HIDDEN)
     with torch.no_grad():

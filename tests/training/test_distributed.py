@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,27 +89,49 @@ def test_processes_train_as_one(
     assert len(records(folder, "samples")) == 3
 
 
-@pytest.mark.parametrize("objective", ["repa", "vrpo"])
-def test_a_run_passes_from_one_to_many_and_back(objective: str, team: Team, make_config: Any, tmp_path: Path) -> None:
-    """1, 2, 4 and 1 processes in turn, whole and sharded: every image once an epoch, one loss curve, one layout."""
-    align = {"objective": objective, "vrpo": {"warmup": 0.2}}
-    alone(make_config(align=align, train={"images": 192, "log_every": 8}), tmp_path / "one")
+Station = tuple[int, str, int | None]
+"""How many processes, how they share the weights, and up to how many images."""
+
+
+def check_passing_on(
+    align: dict[str, Any], stations: Sequence[Station], images: int, team: Team, make_config: Any, folder: Path
+) -> None:
+    """Train alone, and from station to station: every image comes once an epoch, and there is one loss curve."""
+    train = {"images": images, "log_every": 8}
+    alone(make_config(align=align, train=train), folder / "one")
     seen: list[int] = []
-    stations = [(1, "ddp", 48), (2, "fsdp", 96), (4, "ddp", 144), (1, "fsdp", None)]
-    for size, parallel, images in stations:
-        config = make_config(align=align, train={"images": 192, "log_every": 8, "parallel": parallel}).model_dump(
-            mode="json"
-        )
-        answers = team.run(size, team_module.train, config, tmp_path / "passed", bool(seen), images)
-        status = "finished" if images is None else "stopped"
-        assert [answer[0] for answer in answers] == [status] * size
+    for size, parallel, stop in stations:
+        config = make_config(align=align, train={**train, "parallel": parallel, "shard_size": 2 if size > 1 else 1})
+        values = config.model_dump(mode="json")
+        answers = team.run(size, team_module.train, values, folder / "passed", bool(seen), stop)
+        assert [answer[0] for answer in answers] == ["finished" if stop is None else "stopped"] * size
         # Of each step, the rows of all processes in order.
         steps = zip(*(np.reshape(rows, (-1, 8 // size)).tolist() for *_, rows in answers), strict=True)
         seen += [row for step in steps for part in step for row in part]
-    assert len(seen) == 192
-    assert sorted(seen[:90]) == list(range(90)), "an epoch holds every image once"
-    assert sorted(seen[90:180]) == list(range(90))
-    assert_same_curve(tmp_path / "one", tmp_path / "passed")
+    assert len(seen) == images
+    for epoch in range(images // 90):
+        assert sorted(seen[90 * epoch : 90 * epoch + 90]) == list(range(90)), "an epoch holds every image once"
+    assert_same_curve(folder / "one", folder / "passed")
+
+
+@pytest.mark.parametrize("objective", ["repa", "vrpo"])
+def test_a_run_passes_from_one_to_many_and_back(objective: str, team: Team, make_config: Any, tmp_path: Path) -> None:
+    stations = [(1, "ddp", 48), (2, "fsdp", 96), (4, "ddp", 144), (1, "fsdp", None)]
+    check_passing_on({"objective": objective, "vrpo": {"warmup": 0.2}}, stations, 192, team, make_config, tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "hybrid"])
+@pytest.mark.parametrize(
+    "align",
+    [{"objective": "repa"}, {"objective": "irepa"}, {"objective": "vrpo"}, {"objective": "vrpo", "vrpo": SAMPLED}],
+    ids=["repa", "irepa", "vrpo", "vrpo-sampled"],
+)
+def test_long_runs_pass_from_one_to_many_and_back(
+    align: dict[str, Any], parallel: str, team: Team, make_config: Any, tmp_path: Path
+) -> None:
+    stations = [(1, parallel, 96), (2, parallel, 200), (4, parallel, 304), (1, parallel, 400), (4, parallel, None)]
+    check_passing_on(align, stations, 540, team, make_config, tmp_path)
 
 
 @pytest.mark.parametrize(("size", "parallel"), [(4, "ddp"), (2, "fsdp")])

@@ -79,6 +79,16 @@ def test_a_failure_in_the_thread_is_raised_by_the_next_look(tmp_path: Path, monk
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    leftover = tmp_path / "checkpoints" / ".step-00000007.tmp"
+    leftover.mkdir(parents=True)
+    (leftover / "model.safetensors").write_bytes(b"half")
+    writer = CheckpointWriter(tmp_path, keep=2, keep_every=0, world=ALONE, sharded=False)
+    writer.save(tensors_of(1.0), state_of(9))
+    writer.wait()
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000009", "latest"}
+
+
 def test_one_of_every_so_many_images_stays(make_config: Any, tmp_path: Path) -> None:
     config = make_config(train={"checkpoint_every": 8, "keep_checkpoints": 1, "keep_every": 40})
     Trainer(config, tmp_path / "run", say=lambda sentence: None).train()

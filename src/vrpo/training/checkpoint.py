@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vrpo.errors import CheckpointError
-from vrpo.files import explain_os_error, load_tensors, save_tensors, sha256_file, sync_folder, write_text
+from vrpo.files import explain_os_error, is_unfinished, load_tensors, save_tensors, sha256_file, sync_folder, write_text
 from vrpo.untrusted import read_json, seal, unseal
 
 PARTS = ("model", "ema", "objective", "optimizer")
@@ -72,7 +72,10 @@ def save_checkpoint(
 
 
 def _prune(run: Path, newest: Path, keep: int, keep_every: int) -> None:
-    """Remove checkpoints but the ``keep`` newest and the first beyond each multiple of ``keep_every`` images."""
+    """Remove checkpoints but the ``keep`` newest and the first beyond each multiple of ``keep_every`` images.
+
+    What a killed process left unfinished goes, too.
+    """
     lasting, passed = set(), 0
     for path in reversed(find_checkpoints(run)) if keep_every else ():
         try:
@@ -86,6 +89,8 @@ def _prune(run: Path, newest: Path, keep: int, keep_every: int) -> None:
     for old in others[keep - 1 :]:
         if old not in lasting:
             shutil.rmtree(old, ignore_errors=True)
+    for leftover in filter(is_unfinished, newest.parent.iterdir()):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def find_checkpoints(run: Path) -> list[Path]:
