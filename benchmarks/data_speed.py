@@ -13,7 +13,6 @@ import io
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -167,19 +166,16 @@ def naive_images(source: Path, folder: Path, size: int) -> dict[str, Any]:
 
 def open_large(folder: Path, rows: int, shards: int) -> dict[str, Any]:
     """Open a data set of ImageNet's size, with its labels and one key, and say how long and how much that takes."""
-    import resource
-
     from vrpo.data.shards import ShardedDataset
 
-    unit = 1 if platform.system() == "Darwin" else 1024
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    before = _peak()
     start = time.perf_counter()
     dataset = ShardedDataset(folder)
     opened = time.perf_counter()
     labels = dataset.labels()
     key = dataset.key(rows - 1)
     seconds = time.perf_counter() - start
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    after = _peak()
     assert labels is not None
     return {
         "rows": len(labels),
@@ -191,6 +187,12 @@ def open_large(folder: Path, rows: int, shards: int) -> dict[str, Any]:
         "last_key": key,
         "torch_imported": "torch" in sys.modules,
     }
+
+
+def _peak() -> int:
+    """Return the most memory that this process has held; unlike ``ru_maxrss`` it knows nothing of the parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 class _watched:
