@@ -41,7 +41,9 @@ def test_a_hundred_kills() -> None:
     assert record["while_a_checkpoint_was_written"] >= 10
 
 
-def test_the_recorded_hundred_kills_lost_nothing() -> None:
-    record = json.loads((ROOT / "benchmarks" / "results" / "kills-100-vrpo.json").read_text())
-    assert_undisturbed(record, 100)
+@pytest.mark.parametrize(("kills", "objective"), [(100, "vrpo"), (40, "repa")])
+def test_the_recorded_kills_lost_nothing(kills: int, objective: str) -> None:
+    file = ROOT / "benchmarks" / "results" / f"kills-{kills}-{objective}.json"
+    record = json.loads(file.read_text())
+    assert_undisturbed(record, kills)
     assert record["while_a_checkpoint_was_written"] >= 10
