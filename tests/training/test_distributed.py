@@ -131,7 +131,7 @@ def test_long_runs_pass_from_one_to_many_and_back(
     align: dict[str, Any], parallel: str, team: Team, make_config: Any, tmp_path: Path
 ) -> None:
     stations = [(1, parallel, 96), (2, parallel, 200), (4, parallel, 304), (1, parallel, 400), (4, parallel, None)]
-    check_passing_on(align, stations, 540, team, make_config, tmp_path)
+    check_passing_on(align, stations, 544, team, make_config, tmp_path)
 
 
 @pytest.mark.parametrize(("size", "parallel"), [(4, "ddp"), (2, "fsdp")])
