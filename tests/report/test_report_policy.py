@@ -63,8 +63,18 @@ def test_a_scaffold_that_never_ended_says_so(tmp_path: Path) -> None:
 
 def test_nothing_is_said_of_objectives_without_a_policy_and_the_gate_of_vrpo_is(tmp_path: Path) -> None:
     assert policy_sentences([Run(fabricate(tmp_path / "repa", "repa", 0))]) == ()
-    (sentence,) = policy_sentences([Run(fabricate(tmp_path / "vrpo", "vrpo", 0))])
-    assert "turned down to" in sentence
+    said = policy_sentences([Run(fabricate(tmp_path / "vrpo", "vrpo", 0))])
+    assert "turned down to" in said[0]
+
+
+def test_the_policy_of_a_side_head_is_told_by_gate_agreement_and_rewards(tmp_path: Path) -> None:
+    def add(share: float) -> dict[str, Any]:
+        return {"gate": [0.5, 1.0], "agreement": [-0.04, 0.08], "direction_norm": 0.6 + 0.0 * share}
+
+    gate, agreement, direction = policy_sentences([Run(with_logs(tmp_path / "run", add))])
+    assert "turned down to 75% on average, most at times 0 to 0.5, where it kept 50%" in gate
+    assert "most at times 0.5 to 1 (cosine 0.08) and least at times 0 to 0.5 (-0.04)" in agreement
+    assert "a length of 0.60" in direction
 
 
 def test_the_report_holds_sentences_and_heat_maps(tmp_path: Path) -> None:

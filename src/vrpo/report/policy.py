@@ -15,8 +15,8 @@ _PREFIX = "objective/"
 
 
 def policy_sentences(runs: Sequence[Run]) -> tuple[str, ...]:
-    """Return what scaffold, internalisation and token, or failing these the gate, did; averaged over runs."""
-    said = [_scaffold(runs), _gap(runs), _token(runs), _gate(runs)]
+    """Return what scaffold, internalisation and token, then gate, agreement and rewards did; averaged over runs."""
+    said = [_scaffold(runs), _gap(runs), _token(runs), _gate(runs), _agreement(runs), _direction(runs)]
     return tuple(sentence for sentence in said if sentence)[:3]
 
 
@@ -81,6 +81,31 @@ def _gate(runs: Sequence[Run]) -> str | None:
     return (
         f"Alignment was turned down to {by_time.mean():.0%} on average, most at times "
         f"{_interval(lowest, len(by_time))}, where it kept {by_time[lowest]:.0%}."
+    )
+
+
+def _agreement(runs: Sequence[Run]) -> str | None:
+    agreement = binned_history(runs, f"{_PREFIX}agreement")
+    if agreement is None:
+        return None
+    by_time = np.nanmean(agreement.values, axis=1)
+    most, least = int(np.nanargmax(by_time)), int(np.nanargmin(by_time))
+    return (
+        f"What the encoder asks of a token agreed with what denoising asks most at times "
+        f"{_interval(most, len(by_time))} (cosine {by_time[most]:.2g}) and least at times "
+        f"{_interval(least, len(by_time))} ({by_time[least]:.2g})."
+    )
+
+
+def _direction(runs: Sequence[Run]) -> str | None:
+    key = f"{_PREFIX}direction_norm"
+    lengths = [number(record[key]) for run in runs for record in run.metrics("train") if key in record]
+    lengths = [length for length in lengths if np.isfinite(length)]
+    if not lengths:
+        return None
+    return (
+        f"The direction on which the rewards agreed had a length of {np.mean(lengths):.2f}, where 1 is full agreement "
+        "and 0 is conflict."
     )
 
 
