@@ -23,13 +23,13 @@ import torch
 from torch import nn
 
 from machine import describe
+from vrpo.devices import resolve_device
 from vrpo.errors import VrpoError
 from vrpo.evaluation.evaluate import evaluate_images
 from vrpo.evaluation.reference import Reference, load_reference
 from vrpo.files import write_text
 from vrpo.sampling import RunSampler
 from vrpo.sampling.candidates import Selection
-from vrpo.training.setup import resolve_device
 from vrpo.vision.encoders import FeatureNetwork, load_feature_network
 
 

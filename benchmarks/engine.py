@@ -11,9 +11,9 @@ takes turns, in an order shuffled every round.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
-import random
 import statistics
 import sys
 import tempfile
@@ -28,12 +28,13 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 import objective_cost as cost
-from machine import describe, slug
+from machine import describe
+from timing import paired_difference, paired_ratio, take_turns, timed, update_results, wait
 from vrpo.config import TrainConfig
+from vrpo.devices import resolve_device
 from vrpo.training.checkpoint import Checkpoint, save_checkpoint
 from vrpo.training.distributed import ALONE, World
 from vrpo.training.parallel import Parallel
-from vrpo.training.setup import resolve_device
 from vrpo.training.writer import CheckpointWriter
 
 PARTS = ("ddp", "checkpoint", "determinism", "throughput")
@@ -48,19 +49,9 @@ def build(case: cost.Case, device: torch.device) -> cost.Runner:
     return cost.Runner(cost.Bench(case, device, False), contender, cost._config(case, contender))
 
 
-def turns(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Call each of ``runs`` once a round and return the seconds they report."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    shuffle = random.Random(0)
-    for _ in range(rounds):
-        for name in shuffle.sample(list(runs), len(runs)):
-            seconds[name].append(runs[name]())
-    return seconds
-
-
 def compared(seconds: dict[str, list[float]], name: str, reference: str) -> dict[str, Any]:
     """Return both medians and the ratio over rounds with its interval."""
-    ratio, *interval = cost.paired_ratio(seconds[name], seconds[reference])
+    ratio, *interval = paired_ratio(seconds[name], seconds[reference])
     medians = {key: round(statistics.median(values), 6) for key, values in seconds.items()}
     return {"step_seconds": medians, "ratio": ratio, "ratio_95": interval, "seconds": seconds}
 
@@ -80,51 +71,73 @@ def measure_ddp(case: cost.Case, device: torch.device) -> dict[str, Any]:
             for runner in runs.values():
                 for _ in range(cost.WARMUP):
                     runner.step()
-            timed = {name: _timing(runner, case.burst, device) for name, runner in runs.items()}
-            return compared(turns(timed, case.rounds), "ddp", "none")
+            seconds = take_turns({name: runner.timing() for name, runner in runs.items()}, case.rounds)
+            return compared(seconds, "ddp", "none")
         finally:
             dist.destroy_process_group()
 
 
 def measure_checkpoint(case: cost.Case, device: torch.device, scratch: Path) -> dict[str, Any]:
-    """Measure by how much a checkpoint delays training when it is written beside it, and when training waits for it."""
+    """Measure by how much a checkpoint delays training when it is written beside it, and when training waits for it.
+
+    A turn is as many steps as take three times a checkpoint's writing: alone, with a checkpoint written beside them
+    from their beginning on, or after waiting for one. The delay is what a turn takes more than alone.
+    """
     runner = build(case, device)
     for _ in range(cost.WARMUP):
         runner.step()
-    step = statistics.median(_timing(runner, case.burst, device)() for _ in range(max(5, case.rounds // 3)))
-    rows = []
+    step = statistics.median(runner.timing()() for _ in range(3))
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         writer = CheckpointWriter(Path(folder) / "beside", 1, 0, ALONE, sharded=False)
-        for number in range(1, 1 + max(3, case.rounds // 5)):
-            state = {"step": number, "images": number}
-            tensors = _state(runner)
-            cost._wait(device)
+        numbers, copies = itertools.count(1), []
+
+        def begin() -> None:
+            state = {"step": next(numbers), "images": 0}
             started = time.perf_counter()
-            copies = {part: {name: value.cpu() for name, value in found.items()} for part, found in tensors.items()}
-            save_checkpoint(Path(folder) / "waiting", Checkpoint(copies, state), 1)
-            waited = time.perf_counter() - started
-            del copies
-            started = time.perf_counter()
-            writer.save(tensors, state)
-            copied = time.perf_counter() - started
-            steps = 0
-            while writer.busy:
-                runner.step()
-                steps += 1
-                cost._wait(device)
-            stalled = time.perf_counter() - started - steps * step
-            writer.wait()
-            rows.append({"synchronous": waited, "copy": copied, "stall": max(stalled, copied), "steps_beside": steps})
-    rows = rows[1:] or rows  # the first copy has to find its memory
-    medians = {key: round(statistics.median(row[key] for row in rows), 4) for key in rows[0]}
-    size = sum(value.nbytes for part in _state(runner).values() for value in part.values())
+            writer.save(_state(runner), state)
+            copies.append(time.perf_counter() - started)
+
+        def save() -> None:
+            state = {"step": next(numbers), "images": 0}
+            host = {part: {name: kept.cpu() for name, kept in found.items()} for part, found in _state(runner).items()}
+            save_checkpoint(Path(folder) / "waiting", Checkpoint(host, state), 1)
+
+        begin()  # the first copy has to find its memory
+        writer.wait()
+        steps = max(1, round(3 * min(timed(save, device) for _ in range(3)) / step))
+
+        def turn(first: Callable[[], None], last: Callable[[], None]) -> Callable[[], float]:
+            def run() -> None:
+                first()
+                for _ in range(steps):
+                    runner.step()
+                wait(device)
+                last()
+
+            return lambda: timed(run, device)
+
+        seconds = take_turns(
+            {"alone": turn(_nothing, _nothing), "beside": turn(begin, writer.wait), "waiting": turn(save, _nothing)},
+            case.rounds,
+        )
+    beside, waiting = (paired_difference(seconds[name], seconds["alone"]) for name in ("beside", "waiting"))
+    copy = statistics.median(copies[1:])
     return {
-        **medians,
+        "delay_beside": beside,
+        "delay_waiting": waiting,
+        "copy": round(copy, 4),
+        "steps_a_turn": steps,
         "step_seconds": round(step, 6),
-        "bytes": size,
-        "ratio": round(medians["stall"] / medians["synchronous"], 4),
-        "copy_ratio": round(medians["copy"] / medians["synchronous"], 4),
+        "batch": case.batch,
+        "bytes": sum(value.nbytes for part in _state(runner).values() for value in part.values()),
+        "ratio": round(beside[0] / waiting[0], 4),
+        "copy_ratio": round(copy / waiting[0], 4),
+        "seconds": seconds,
     }
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 def _state(runner: cost.Runner) -> dict[str, dict[str, torch.Tensor]]:
@@ -144,14 +157,14 @@ def measure_determinism(case: cost.Case, device: torch.device) -> dict[str, Any]
     def run(strict: bool) -> float:
         torch.use_deterministic_algorithms(strict, warn_only=True)
         runner.step()  # choices of kernels are made anew
-        seconds = _timing(runner, case.burst, device)()
+        seconds = runner.timing()()
         torch.use_deterministic_algorithms(False)
         return seconds
 
     for strict in (False, True):
         run(strict)
-    timed = turns({"free": lambda: run(False), "deterministic": lambda: run(True)}, case.rounds)
-    return compared(timed, "deterministic", "free")
+    seconds = take_turns({"free": lambda: run(False), "deterministic": lambda: run(True)}, case.rounds)
+    return compared(seconds, "deterministic", "free")
 
 
 def matrix_peak(device: torch.device, side: int) -> float:
@@ -159,10 +172,10 @@ def matrix_peak(device: torch.device, side: int) -> float:
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     seconds = []
     for _ in range(25):
-        cost._wait(device)
+        wait(device)
         started = time.perf_counter()
         a @ b
-        cost._wait(device)
+        wait(device)
         seconds.append(time.perf_counter() - started)
     return 2 * side**3 / statistics.median(seconds[5:])
 
@@ -183,7 +196,7 @@ def measure_throughput(case: cost.Case, device: torch.device, peak: float, compi
         memory = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        seconds = [_timing(runner, case.burst, device)() for _ in range(case.rounds)]
+        seconds = [runner.timing()() for _ in range(case.rounds)]
         if device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(device)
         median = statistics.median(seconds)
@@ -204,10 +217,6 @@ def measure_throughput(case: cost.Case, device: torch.device, peak: float, compi
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return rows
-
-
-def _timing(runner: cost.Runner, burst: int, device: torch.device) -> Callable[[], float]:
-    return lambda: cost._timed(runner, burst, device)
 
 
 def main(words: Iterable[str] | None = None) -> Path:
@@ -237,7 +246,9 @@ def main(words: Iterable[str] | None = None) -> Path:
         if part == "ddp":
             results[part] = measure_ddp(case, device)
         elif part == "checkpoint":
-            results[part] = measure_checkpoint(case, device, options.scratch or Path(tempfile.gettempdir()))
+            # Short steps, so that a checkpoint's delay is not lost in their noise.
+            short = case if cuda or options.quick else replace(case, batch=8)
+            results[part] = measure_checkpoint(short, device, options.scratch or Path(tempfile.gettempdir()))
         elif part == "determinism":
             results[part] = measure_determinism(case, device)
         else:
@@ -251,10 +262,7 @@ def main(words: Iterable[str] | None = None) -> Path:
         shown = {key: value for key, value in results[part].items() if key != "seconds"}
         print(f"{part}: {json.dumps(shown)}")
     results["load_average_after"] = describe(device)["load_average"]
-    options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / f"engine-{slug(machine)}.json"
-    known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    file.write_text(json.dumps({**known, **results}, indent=1) + "\n", encoding="utf-8")
+    file = update_results(options.out, "engine", machine, results)
     print(f"Written: {file}")
     return file
 

@@ -85,13 +85,7 @@ def digest(config: Path, run: Path) -> str:
     trainer = Trainer(validate(load_file(config), "it"), run, resume=True, say=lambda sentence: None)
     assert trainer.images >= 160, "the run is not at its end"
     whole = hashlib.sha256()
-    parts = {
-        "model": trainer.parts.trunk.state_dict(),
-        "ema": trainer.ema.network.state_dict(),
-        "objective": trainer.parts.objective.state_dict(),
-        "optimizer": trainer.optimizer.state(),
-    }
-    for part, tensors in parts.items():
+    for part, tensors in trainer.state.tensors(trainer.optimizer).items():
         for name, value in sorted(tensors.items()):
             whole.update(f"{part} {name} {value.dtype} {tuple(value.shape)}".encode())
             whole.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)

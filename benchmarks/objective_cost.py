@@ -11,38 +11,32 @@ the machine disturbs all of them.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import random
 import statistics
-import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from machine import describe, slug
-from vrpo.alignment.build import build_objective
+from machine import describe
+from timing import paired_ratio, parser_of, take_turns, timed, update_results
+from vrpo.alignment.build import TrunkShape, build_objective
 from vrpo.alignment.objective import TargetBatch
 from vrpo.config import RunConfig
 from vrpo.config_load import load_preset, merge, validate
-from vrpo.models.transformer import SIZES, DiffusionTransformer, build_transformer, parse_model_name
+from vrpo.devices import resolve_device
+from vrpo.models.transformer import DiffusionTransformer, build_transformer
 from vrpo.planning.live_bytes import LiveBytes, storages
 from vrpo.sampling import DTYPES, build_denoising
 from vrpo.training.ema import Ema
 from vrpo.training.optim import Optimizer
-from vrpo.training.setup import resolve_device
 from vrpo.training.step import DenoisingStep, draw_step
 from vrpo.vision.encoders import Encoder, load_encoder
 
 WARMUP = 3
-RESAMPLES = 2_000
 # Where in its budget a run is timed: past VRPO's warm-up (10%), before HASTE's end (40%).
 IMAGES_SEEN, BUDGET = 250_000_000, 1_000_000_000
 MEMORY = {
@@ -70,6 +64,7 @@ class Case:
 
 CASES = {
     "sit-ti-4": Case("cifar10-sit-ti-4", "SiT-Ti/4", 64, 32, 3, 10, 32, 320, "dinov2-vit-s", rounds=30, burst=1),
+    "sit-s-2": Case("cifar10-sit-s-2", "SiT-S/2", 16, 32, 4, 1000, 256, 768, "dinov2-vit-s", rounds=30, burst=1),
     "sit-b-2": Case("cifar10-sit-s-2", "SiT-B/2", 64, 32, 4, 1000, 256, 768, "dinov2-vit-s", rounds=30, burst=5),
     "sit-xl-2": Case("cifar10-sit-s-2", "SiT-XL/2", 32, 32, 4, 1000, 256, 768, "dinov2-vit-s", rounds=30, burst=5),
 }
@@ -148,17 +143,12 @@ class Runner:
     def __init__(self, bench: Bench, contender: Contender, config: RunConfig) -> None:
         self.bench, self.contender, self.config = bench, contender, config
         self.encoder = bench.online_encoder() if contender.online else None
-        _, size, _ = parse_model_name(bench.case.model)
         torch.manual_seed(1)
         self.objective = build_objective(
             self.config.align,
-            hidden_size=bench.trunk.hidden_size,
-            model_depth=bench.trunk.depth,
-            model_size=size,
-            encoder_widths=(bench.case.width if self.encoder is None else self.encoder.width,),
-            tokens=bench.trunk.num_tokens,
-            num_heads=SIZES[size].num_heads,
-            key_value_widths=(bench.case.width, bench.case.width),
+            TrunkShape.of(bench.trunk, bench.case.model),
+            (bench.case.width if self.encoder is None else self.encoder.width,),
+            (bench.case.width, bench.case.width),
         ).to(bench.device)
         train = self.config.train
         self.optimizer = Optimizer([*bench.trunk.parameters(), *self.objective.parameters()], train, bench.device)
@@ -205,6 +195,10 @@ class Runner:
         bench.ema.update(bench.trunk, IMAGES_SEEN)
         self.steps += 1
         return output.loss.detach()
+
+    def timing(self) -> Callable[[], float]:
+        """Return what takes a turn's steps and reports the seconds of one."""
+        return lambda: timed(self.step, self.bench.device, self.bench.case.burst)
 
     def share_trunk_state(self) -> None:
         """Use the moments that the first contender made for the trunk: nine copies of them would not fit a GPU."""
@@ -261,7 +255,7 @@ def _repeat(tensor: Tensor, times: int) -> Tensor:
     return tensor if times == 1 else tensor.repeat_interleave(times, dim=0)
 
 
-def measure(case: Case, names: Sequence[str], device: torch.device, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def measure(case: Case, names: Sequence[str], device: torch.device) -> list[dict[str, Any]]:
     """Time the contenders ``names`` in turn and return one row for each.
 
     Raises:
@@ -279,12 +273,7 @@ def measure(case: Case, names: Sequence[str], device: torch.device, say: Callabl
         for _ in range(WARMUP):
             runner.step()
         runner.share_trunk_state()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    shuffle = random.Random(0)
-    for turn in range(case.rounds):
-        for name in shuffle.sample(list(names), len(names)):
-            seconds[name].append(_timed(runners[name], case.burst, device))
-        say(f"round {turn + 1} of {case.rounds}")
+    seconds = take_turns({name: runner.timing() for name, runner in runners.items()}, case.rounds)
     rows: list[dict[str, Any]] = []
     for name, runner in runners.items():
         memory = {"standing_bytes": runner.standing_bytes(), "transient_bytes": runner.transient_bytes()}
@@ -311,29 +300,6 @@ def measure(case: Case, names: Sequence[str], device: torch.device, say: Callabl
     return rows
 
 
-def _timed(runner: Runner, burst: int, device: torch.device) -> float:
-    """Return the seconds of a step, over ``burst`` steps in a row where a GPU works behind the host."""
-    _wait(device)
-    started = time.perf_counter()
-    for _ in range(burst):
-        runner.step()
-    _wait(device)
-    return (time.perf_counter() - started) / burst
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def paired_ratio(seconds: Sequence[float], reference: Sequence[float]) -> tuple[float, float, float]:
-    """Return the median of the rounds' ratios and its 95% interval, by percentile bootstrap over rounds."""
-    ratios = np.asarray(seconds) / np.asarray(reference)
-    picks = np.random.default_rng(0).integers(len(ratios), size=(RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
-    return round(float(np.median(ratios)), 4), round(float(low), 4), round(float(high), 4)
-
-
 def table(name: str, result: dict[str, Any]) -> str:
     """Return a case's rows as a markdown table."""
     case = result["case"]
@@ -357,30 +323,10 @@ def table(name: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(folder: Path, machine: dict[str, Any], results: dict[str, Any]) -> Path:
-    """Write the machine's file; cases that were measured before and not now are kept."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"objective-cost-{slug(machine)}.json"
-    known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    file.write_text(json.dumps({**known, **results}, indent=1) + "\n", encoding="utf-8")
-    return file
-
-
 def main(words: Iterable[str] | None = None) -> Path:
     """Measure the chosen cases, print their tables, and return the file that holds the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--cases", nargs="+", choices=sorted(CASES), help="default: what suits the device")
-    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
-    parser.add_argument("--rounds", type=int, help="turns that every contender takes")
-    parser.add_argument("--batch", type=int, help="noised images a step")
-    parser.add_argument("--threads", type=int, help="threads of torch on the CPU")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and three rounds, to try the benchmark")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser = parser_of(__doc__, CASES, list(CONTENDERS), batch="noised images a step")
     options = parser.parse_args(None if words is None else list(words))
-    for name in ("rounds", "batch", "threads"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1")
     if options.threads:
         torch.set_num_threads(options.threads)
     device = resolve_device(options.device)
@@ -393,7 +339,7 @@ def main(words: Iterable[str] | None = None) -> Path:
     for name, case in cases.items():
         chosen = {**asdict(case), "rounds": options.rounds or case.rounds, "batch": options.batch or case.batch}
         before = describe(device)
-        rows = measure(Case(**chosen), options.contenders, device, lambda line: print(line, file=sys.stderr))
+        rows = measure(Case(**chosen), options.contenders, device)
         results[name] = {
             "case": chosen,
             "machine": before,
@@ -404,7 +350,7 @@ def main(words: Iterable[str] | None = None) -> Path:
         print(table(name, results[name]), end="\n\n")
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    file = write(options.out, before, results)
+    file = update_results(options.out, "objective-cost", before, results)
     print(f"Written: {file}")
     return file
 

@@ -27,10 +27,11 @@ from machine import describe
 from variants import describe_variants, parse_variant
 from vrpo.config import RunConfig
 from vrpo.config_load import build_config, load_preset, merge
+from vrpo.devices import resolve_device
 from vrpo.errors import ConfigError, VrpoError
 from vrpo.files import write_text
 from vrpo.report.compare import compare
-from vrpo.training.setup import build_parts, resolve_device
+from vrpo.training.setup import build_parts
 
 QUICK_IMAGES = 512
 QUICK_NETWORK = {"name": "resnet10t", "weights": "random", "input_size": "16", "feature": "1"}

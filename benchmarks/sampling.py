@@ -11,15 +11,12 @@ Weights are random, which costs the same time as trained ones.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import random
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +24,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from machine import describe, slug
-from objective_cost import paired_ratio
+from machine import describe
+from timing import paired_ratio, parser_of, take_turns, timed, update_results
 from vrpo.config_load import validate
 from vrpo.data.transforms import to_uint8
+from vrpo.devices import resolve_device
 from vrpo.diffusion.noise import SampleNoise
 from vrpo.models.transformer import DiffusionTransformer, build_transformer
 from vrpo.sampling import DTYPES, ImageSampler
 from vrpo.sampling.source import lower_weights
-from vrpo.training.setup import resolve_device
 
 PLAIN = "plain loop"
 
@@ -149,7 +146,7 @@ def peak(device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(10):
-        best = min(best, _seconds(lambda: a @ b, device))
+        best = min(best, timed(lambda: a @ b, device))
     return 2 * side**3 / best
 
 
@@ -161,7 +158,7 @@ def operations(case: Case, network: DiffusionTransformer, device: torch.device) 
     return counter.get_total_flops()
 
 
-def measure(case: Case, names: Sequence[str], device: torch.device, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def measure(case: Case, names: Sequence[str], device: torch.device) -> list[dict[str, Any]]:
     """Time the plain loop and the contenders ``names`` in turn, and return one row for each."""
     network = build(case, device)
     draws, batches, differences = {PLAIN: plain(case, network, device)}, {PLAIN: case.batch}, {PLAIN: 0}
@@ -169,13 +166,8 @@ def measure(case: Case, names: Sequence[str], device: torch.device, say: Callabl
     for name in names:
         draws[name], batches[name] = contender(case, CONTENDERS[name], network, device)
         differences[name] = difference(case, network, draws[name](), device)  # compiles, too
-        say(f"{name} is ready")
-    seconds: dict[str, list[float]] = {name: [] for name in draws}
-    shuffle = random.Random(0)
-    for turn in range(case.rounds):
-        for name in shuffle.sample(list(draws), len(draws)):
-            seconds[name].append(_seconds(draws[name], device))
-        say(f"round {turn + 1} of {case.rounds}")
+        print(f"{name} is ready", file=sys.stderr)
+    seconds = take_turns({name: partial(timed, draw, device) for name, draw in draws.items()}, case.rounds)
     work = operations(case, network, device) * case.images * case.steps
     peaks = {name: peak(device, DTYPES[name]) for name in ("fp32", "bf16")}
     rows = []
@@ -200,19 +192,6 @@ def measure(case: Case, names: Sequence[str], device: torch.device, say: Callabl
     return rows
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
-    started = time.perf_counter()
-    work()
-    _wait(device)
-    return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def table(name: str, result: dict[str, Any]) -> str:
     """Return a case's rows as a markdown table."""
     case, machine = result["case"], result["machine"]
@@ -232,29 +211,9 @@ def table(name: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(folder: Path, machine: dict[str, Any], results: dict[str, Any]) -> Path:
-    """Write the machine's file; cases that were measured before and not now are kept."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"sampling-{slug(machine)}.json"
-    known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    file.write_text(json.dumps({**known, **results}, indent=1) + "\n", encoding="utf-8")
-    return file
-
-
 def main(words: Iterable[str] | None = None) -> Path:
     """Measure the chosen cases, print their tables, and return the file that holds the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--cases", nargs="+", choices=sorted(CASES), help="default: what suits the device")
-    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
-    parser.add_argument("--rounds", type=int, help="turns that every contender takes")
-    parser.add_argument("--threads", type=int, help="threads of torch on the CPU")
-    parser.add_argument("--quick", action="store_true", help="a tiny network and two rounds, to try the benchmark")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args(None if words is None else list(words))
-    for name in ("rounds", "threads"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    options = parser_of(__doc__, CASES, list(CONTENDERS)).parse_args(None if words is None else list(words))
     if options.threads:
         torch.set_num_threads(options.threads)
     device = resolve_device(options.device)
@@ -267,7 +226,7 @@ def main(words: Iterable[str] | None = None) -> Path:
     for name, case in cases.items():
         chosen = replace(case, rounds=options.rounds or case.rounds)
         before = describe(device)
-        rows = measure(chosen, options.contenders, device, lambda line: print(line, file=sys.stderr))
+        rows = measure(chosen, options.contenders, device)
         results[name] = {
             "case": asdict(chosen),
             "machine": before,
@@ -275,7 +234,7 @@ def main(words: Iterable[str] | None = None) -> Path:
             "rows": rows,
         }
         print(table(name, results[name]), end="\n\n")
-    file = write(options.out, before, results)
+    file = update_results(options.out, "sampling", before, results)
     print(f"Written: {file}")
     return file
 

@@ -71,10 +71,10 @@ def test_live_bytes_see_what_autograd_keeps_and_what_backward_makes() -> None:
 
 def test_paired_ratio_is_immune_to_common_drift() -> None:
     reference = np.linspace(1, 3, 41)
-    ratio, low, high = load("objective_cost").paired_ratio(1.25 * reference, reference)
+    ratio, low, high = load("timing").paired_ratio(1.25 * reference, reference)
     assert (ratio, low, high) == (1.25, 1.25, 1.25)
     noisy = 1.25 * reference * np.exp(0.05 * np.random.default_rng(0).standard_normal(41))
-    ratio, low, high = load("objective_cost").paired_ratio(noisy, reference)
+    ratio, low, high = load("timing").paired_ratio(noisy, reference)
     assert low < ratio < high
     assert low < 1.25 < high
 
@@ -103,7 +103,7 @@ def test_cost_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 4 * weights < rows["none"]["standing_bytes"] < 4.2 * weights
     assert "| vrpo analytic |" in capsys.readouterr().out
 
-    cost.write(tmp_path, result["machine"], {"another": {}})
+    load("timing").update_results(tmp_path, "objective-cost", result["machine"], {"another": {}})
     assert set(json.loads(file.read_text())) == {"quick", "another"}
 
 
@@ -148,8 +148,13 @@ def test_engine_quick(tmp_path: Path) -> None:
         low, high = result[part]["ratio_95"]
         assert 0 < low <= result[part]["ratio"] <= high
     checkpoint = result["checkpoint"]
-    assert 0 < checkpoint["copy"] <= checkpoint["stall"]
-    assert checkpoint["synchronous"] > 0
+    assert checkpoint["copy"] > 0
+    for delay in ("delay_beside", "delay_waiting"):
+        middle, low, high = checkpoint[delay]
+        assert low <= middle <= high
+    assert {name: len(turns) for name, turns in checkpoint["seconds"].items()} == dict.fromkeys(
+        ("alone", "beside", "waiting"), 2
+    )
     trunk = load("objective_cost").Bench(load("objective_cost").QUICK, torch.device("cpu"), False).trunk
     assert checkpoint["bytes"] > 4 * 4 * sum(parameter.numel() for parameter in trunk.parameters())
     kept, recomputed = result["throughput"]["rows"]
@@ -161,20 +166,12 @@ def test_engine_quick(tmp_path: Path) -> None:
 
 
 def test_every_named_variant_is_a_configuration_of_its_own() -> None:
-    from vrpo.alignment.build import build_objective
+    from vrpo.alignment.build import TrunkShape, build_objective
 
     seen: dict[str, str] = {}
     for name, variant in load("variants").VARIANTS.items():
         config = build_config(load_preset(f"demo-{variant.objective}"), variant.words, "the test")
-        build_objective(
-            config.align,
-            hidden_size=32,
-            model_depth=6,
-            model_size="N",
-            encoder_widths=(8,),
-            tokens=16,
-            num_heads=4,
-        )
+        build_objective(config.align, TrunkShape(32, depth=6, num_heads=4, tokens=16, size="N"), (8,))
         values = config.model_copy(update={"name": ""}).model_dump_json()
         assert values not in seen, f"{name} repeats {seen.get(values)}"
         seen[values] = name
@@ -356,7 +353,11 @@ def test_interrupted_it_stops_its_processes(finished: Path, tmp_path: Path, monk
     jobs = load("jobs")
     monkeypatch.setattr(jobs.subprocess, "Popen", Process)
     monkeypatch.setattr(Process, "code", None)
-    monkeypatch.setattr(jobs.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs.time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         jobs.execute(unfinished_jobs(finished, tmp_path), 2, 2, lambda line: None)
     assert Process.terminated == 2

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vrpo.alignment.build import build_objective, default_depth
+from vrpo.alignment.build import TrunkShape, build_objective, default_depth
 from vrpo.config import RunConfig
 from vrpo.config_load import load_preset, preset_names, validate
 from vrpo.data.prepare import prepare
@@ -53,15 +53,7 @@ def test_models_and_objectives_are_built_on_the_meta_device(base: str) -> None:
         trunk = build_transformer(
             config.model.name, input_size=config.data.latent_size, in_channels=4, num_classes=1000
         )
-        objective = build_objective(
-            config.align,
-            hidden_size=trunk.hidden_size,
-            model_depth=trunk.depth,
-            model_size=size,
-            encoder_widths=(768,),
-            tokens=trunk.num_tokens,
-            num_heads=SIZES[size].num_heads,
-        )
+        objective = build_objective(config.align, TrunkShape.of(trunk, config.model.name), (768,))
     assert round(parameter_count(trunk) / 1e6) == pytest.approx(PUBLISHED[size], abs=1)
     assert parameter_count(objective) == (trunk.hidden_size + 1 + 2048 + 1 + 768) * 2048 + 768
     assert base in preset_names()

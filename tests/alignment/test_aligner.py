@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from vrpo.alignment import Aligner
-from vrpo.alignment.build import build_objective
+from vrpo.alignment.build import TrunkShape, build_objective
 from vrpo.alignment.objective import Objective, TargetBatch
 from vrpo.config import AlignConfig, DiffusionConfig
 from vrpo.data.transforms import to_float
@@ -178,11 +178,8 @@ def test_equals_the_built_in_trainer(
 ) -> None:
     encoders = [Patches(24), Patches(20)] if len(blocks) > 1 else [Patches()]
     align = config(name, **vrpo).model_copy(update={"depth": tuple(blocks)})
-    shape: dict[str, Any] = {"model_depth": DEPTH, "model_size": "N", "num_heads": 2}
     torch.manual_seed(1)
-    objective = build_objective(
-        align, hidden_size=HIDDEN, tokens=TOKENS, encoder_widths=[e.width for e in encoders], **shape
-    )
+    objective = build_objective(align, TrunkShape(HIDDEN, DEPTH, 2, TOKENS, "N"), [e.width for e in encoders])
     model = trunk()
     aligner = make(model, [f"blocks.{d - 1}" for d in blocks], objective=config(name, **vrpo), encoders=encoders)
     aligner.objective.load_state_dict(objective.state_dict())

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from vrpo.alignment.build import build_objective, default_depth
+from vrpo.alignment.build import TrunkShape, build_objective, default_depth
 from vrpo.alignment.haste import Haste
 from vrpo.alignment.objective import AlignmentBatch, Objective
 from vrpo.alignment.static import Contrastive, Irepa, Repa
@@ -20,15 +20,7 @@ SIZES = {"Ti": (192, 8, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 2
 
 def build(config: AlignConfig, size: str = "S", encoder_widths: tuple[int, ...] = (320,), tokens: int = 64):
     hidden, depth, heads = SIZES[size]
-    return build_objective(
-        config,
-        hidden_size=hidden,
-        model_depth=depth,
-        model_size=size,
-        encoder_widths=encoder_widths,
-        tokens=tokens,
-        num_heads=heads,
-    )
+    return build_objective(config, TrunkShape(hidden, depth, heads, tokens, size), encoder_widths)
 
 
 @pytest.mark.parametrize(

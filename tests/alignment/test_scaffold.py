@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from toy import BATCH, CHANNELS, HIDDEN, SIDE, TOKENS, WIDTH, Data, trunk
 
-from vrpo.alignment.build import build_objective, scaffold_depth
+from vrpo.alignment.build import TrunkShape, build_objective, scaffold_depth
 from vrpo.alignment.objective import Objective, TargetBatch
 from vrpo.alignment.scaffold import WithScaffold
 from vrpo.config import AlignConfig
@@ -29,9 +29,8 @@ def make(align: dict[str, Any]) -> Objective:
     config = AlignConfig.model_validate({"objective": "repi", "projector_width": 48, "depth": 2, **align})
     torch.manual_seed(1)
     return build_objective(
-        config, hidden_size=HIDDEN, model_depth=3, model_size="", encoder_widths=(WIDTH,), tokens=TOKENS,
-        num_heads=2, key_value_widths=(WIDTH, WIDTH),
-    )  # fmt: skip
+        config, TrunkShape(HIDDEN, depth=3, num_heads=2, tokens=TOKENS), (WIDTH,), key_value_widths=(WIDTH, WIDTH)
+    )
 
 
 def scaffold(align: dict[str, Any]) -> WithScaffold:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy import BATCH, CHANNELS, SIDE, TOKENS, Data, trunk
 
-from vrpo.alignment.build import build_objective
+from vrpo.alignment.build import TrunkShape, build_objective
 from vrpo.alignment.objective import AlignmentBatch, Objective, TargetBatch
 from vrpo.alignment.token import WithToken
 from vrpo.config import AlignConfig, TokenConfig
@@ -33,9 +33,7 @@ def model(token: int = C_TOKEN) -> DiffusionTransformer:
 def step(net: DiffusionTransformer, align: dict[str, Any], noisings: int = 1, seen: int = 20) -> StepOutput:
     config = AlignConfig.model_validate({"projector_width": 48, "depth": 2, **align})
     torch.manual_seed(1)
-    objective = build_objective(
-        config, hidden_size=32, model_depth=3, model_size="", encoder_widths=(C_TOKEN,), tokens=TOKENS, num_heads=2
-    )
+    objective = build_objective(config, TrunkShape(32, depth=3, num_heads=2, tokens=TOKENS), (C_TOKEN,))
     module = DenoisingStep(net, objective, FlowMatching(get_path("linear")), torch.float32)
     data = Data(widths=(C_TOKEN,))
     draws = draw_step(
@@ -149,9 +147,7 @@ def trained(token: dict[str, Any], noisings: int, steps: int = 4) -> tuple[list[
     net = model()
     config = AlignConfig.model_validate({"objective": "reg", "projector_width": 48, "depth": 2, "token": token})
     torch.manual_seed(1)
-    objective = build_objective(
-        config, hidden_size=32, model_depth=3, model_size="", encoder_widths=(C_TOKEN,), tokens=TOKENS, num_heads=2
-    )
+    objective = build_objective(config, TrunkShape(32, depth=3, num_heads=2, tokens=TOKENS), (C_TOKEN,))
     module = DenoisingStep(net, objective, FlowMatching(get_path("linear")), torch.float32)
     optimiser = torch.optim.AdamW([*net.parameters(), *objective.parameters()], 1e-3)
     losses = []

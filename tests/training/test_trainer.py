@@ -24,7 +24,8 @@ from vrpo.errors import CheckpointError, ConfigError, EvaluationError
 from vrpo.evaluation.protocol import Protocol
 from vrpo.models.taps import Taps
 from vrpo.training import trainer as trainer_module
-from vrpo.training.trainer import NonFiniteError, Trainer, TrainResult
+from vrpo.training.trainer import Trainer, TrainResult
+from vrpo.training.trouble import NonFiniteError
 
 
 def run(config: Any, folder: Path, **options: Any) -> TrainResult:
@@ -356,7 +357,7 @@ def test_failing_evaluation_does_not_cost_what_was_trained(
     def fail() -> dict[str, Any]:
         raise EvaluationError("the features are not finite.")
 
-    trainer._scorer = fail
+    trainer.observer.scorer = fail
     with pytest.raises(EvaluationError):
         trainer.train()
     monkeypatch.undo()

@@ -17,7 +17,8 @@ from vrpo.errors import CheckpointError
 from vrpo.training import rewind as rewind_module
 from vrpo.training.checkpoint import read_state
 from vrpo.training.rewind import Rewind, passed_at, read_rewinds
-from vrpo.training.trainer import NonFiniteError, Trainer
+from vrpo.training.trainer import Trainer
+from vrpo.training.trouble import NonFiniteError
 
 STEPS = {"train": {"images": 160, "checkpoint_every": 16, "keep_checkpoints": 20, "stop_after_bad": 3, "log_every": 8}}
 
@@ -42,7 +43,7 @@ def spoil(run: Trainer, steps: range, row: int | None) -> list[str]:
     loss = run.parts.denoising.loss
 
     def step(batch: Any) -> None:
-        bad = run.step in steps and run.passed == 0
+        bad = run.step in steps and run.counters.passed == 0
 
         def spoiled(output: torch.Tensor, *rest: Any) -> torch.Tensor:
             values = loss(output, *rest)
@@ -105,7 +106,7 @@ def test_rewind_passes_over_the_data_and_repeats_to_the_bit(make_config: Any, tm
         with pytest.raises(NonFiniteError):
             run.train()
         again = trainer(config, folder, resume=True, rewind=56)
-        assert (again.step, again.passed) == (6, 4)
+        assert (again.step, again.counters.passed) == (6, 4)
         read[name] = []
         original = again._train_step
 
@@ -130,7 +131,7 @@ def test_a_rewound_run_resumes_as_if_uninterrupted(make_config: Any, tmp_path: P
     trainer(half, tmp_path / "stopped", resume=True, rewind=50).train()
     # A launcher repeats the command as it was.
     resumed = trainer(config, tmp_path / "stopped", resume=True, rewind=50)
-    assert (resumed.step, resumed.passed) == (11, 14)
+    assert (resumed.step, resumed.counters.passed) == (11, 14)
     resumed.train()
     for name, value in final(tmp_path / "whole").items():
         assert torch.equal(value, final(tmp_path / "stopped")[name])
@@ -143,7 +144,7 @@ def test_a_rewound_run_resumes_as_if_uninterrupted(make_config: Any, tmp_path: P
 def test_a_crash_after_the_decision_goes_on_with_it(
     make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vrpo.training import trainer as trainer_module
+    from vrpo.training import state as state_module
 
     config = make_config(**STEPS)
     trainer(config, tmp_path / "run").train()
@@ -151,7 +152,7 @@ def test_a_crash_after_the_decision_goes_on_with_it(
     def crash(run: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer_module, "set_aside_rewound", crash)
+    monkeypatch.setattr(state_module, "set_aside_rewound", crash)
     with pytest.raises(KeyboardInterrupt):
         trainer(config, tmp_path / "run", resume=True, rewind=50)
     monkeypatch.undo()

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vrpo.alignment.build import build_objective
+from vrpo.alignment.build import TrunkShape, build_objective
 from vrpo.alignment.hooks import BlockHook, Select, find_block
 from vrpo.alignment.objective import AlignmentBatch
 from vrpo.config import AlignConfig
@@ -105,12 +105,8 @@ class Aligner(nn.Module):
         self.blocks, self.tokens, self.budget, self.seed = names, tokens, budget, seed
         self.objective = build_objective(
             config.model_copy(update={"depth": tuple(range(1, len(names) + 1))}),
-            hidden_size=hidden_size,
-            model_depth=len(names),
-            model_size="",
-            encoder_widths=[encoder.width for encoder in self.encoders],
-            tokens=tokens,
-            num_heads=1,
+            TrunkShape(hidden_size, depth=len(names), num_heads=1, tokens=tokens),
+            [encoder.width for encoder in self.encoders],
         )
         for index, encoder in enumerate(self.encoders):
             self.register_buffer(f"mean{index}", torch.zeros(encoder.width))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import isqrt
+from typing import Any
 
 from vrpo.alignment.objective import Objective
 from vrpo.alignment.scaffold import WithScaffold
@@ -11,6 +13,7 @@ from vrpo.alignment.static import Contrastive, Irepa, Repa
 from vrpo.alignment.token import WithToken
 from vrpo.config import AlignConfig
 from vrpo.errors import ConfigError
+from vrpo.models.transformer import SIZES, DiffusionTransformer, parse_model_name
 
 
 def default_depth(model_size: str, model_depth: int) -> int:
@@ -23,49 +26,53 @@ def default_depth(model_size: str, model_depth: int) -> int:
     return max(1, min(depth, model_depth - 1))
 
 
-def build_objective(
-    config: AlignConfig,
-    *,
-    hidden_size: int,
-    model_depth: int,
-    model_size: str,
-    encoder_widths: Sequence[int],
-    tokens: int,
-    num_heads: int,
-    key_value_widths: tuple[int, int] = (0, 0),
-) -> Objective:
-    """Return the objective that ``config`` names, for a transformer of ``model_depth`` blocks.
+@dataclass(frozen=True)
+class TrunkShape:
+    """What an objective knows of the transformer: channels, blocks, heads, the N tokens of its grid, its size's letters
+    (S, B, L, XL, Ti, N), which decide the default depth.
+    """
 
-    ``model_size`` is the size's letters (S, B, L, XL, Ti, N), ``encoder_widths`` the channels C_e of each
-    encoder, ``tokens`` the N of the trunk's grid, ``key_value_widths`` the channels of the first encoder's keys
-    and values where a scaffold reads them. Raises ConfigError for blocks that the model does not have
-    and for grids that the objective cannot use.
+    hidden_size: int
+    depth: int
+    num_heads: int
+    tokens: int
+    size: str = ""
+
+    @classmethod
+    def of(cls, trunk: DiffusionTransformer, name: str) -> TrunkShape:
+        """Return the shape of a transformer built as ``name``, such as SiT-B/2."""
+        _, size, _ = parse_model_name(name)
+        return cls(trunk.hidden_size, trunk.depth, SIZES[size].num_heads, trunk.num_tokens, size)
+
+
+def build_objective(
+    config: AlignConfig, trunk: TrunkShape, encoder_widths: Sequence[int], key_value_widths: tuple[int, int] = (0, 0)
+) -> Objective:
+    """Return the objective that ``config`` names.
+
+    ``encoder_widths`` are the channels C_e of each encoder, ``key_value_widths`` those of the first encoder's keys and
+    values where a scaffold reads them.
+
+    Raises:
+        ConfigError: blocks that the transformer does not have, a grid that the objective cannot use, no encoder.
     """
     supply = config.supply
     if not encoder_widths and (config.side != "none" or config.uses_token or supply != "none"):
         raise ConfigError(
             f"align.objective '{config.objective}' needs an encoder: set encoder.name or align.objective none."
         )
-    objective = _build_side(
-        config,
-        hidden_size=hidden_size,
-        model_depth=model_depth,
-        model_size=model_size,
-        encoder_widths=encoder_widths,
-        tokens=tokens,
-        num_heads=num_heads,
-    )
+    objective = _build_side(config, trunk, encoder_widths)
     if supply != "none":
-        depth = scaffold_depth(config, model_size, model_depth)
-        check_depths("align.scaffold.depth", (depth,), model_depth)
+        depth = scaffold_depth(config, trunk.size, trunk.depth)
+        check_depths("align.scaffold.depth", (depth,), trunk.depth)
         key_width, value_width = key_value_widths
         objective = WithScaffold(
             objective,
             config.scaffold,
             by_advantage=supply == "advantage",
             depth=depth,
-            hidden_size=hidden_size,
-            num_heads=num_heads,
+            hidden_size=trunk.hidden_size,
+            num_heads=trunk.num_heads,
             key_width=key_width,
             value_width=value_width,
         )
@@ -78,44 +85,34 @@ def scaffold_depth(config: AlignConfig, model_size: str, model_depth: int) -> in
     return config.scaffold.depth or max(1, aligned // 2)
 
 
-def _build_side(
-    config: AlignConfig,
-    *,
-    hidden_size: int,
-    model_depth: int,
-    model_size: str,
-    encoder_widths: Sequence[int],
-    tokens: int,
-    num_heads: int,
-) -> Objective:
+def _build_side(config: AlignConfig, trunk: TrunkShape, encoder_widths: Sequence[int]) -> Objective:
     """Return the objective of the side head."""
     name = config.side
     if name == "none":
         return Objective()
-    depths = config.depth or (default_depth(model_size, model_depth),)
-    check_depths("align.depth", depths, model_depth)
-    check_depths("align.haste.attention_depths", config.haste.attention_depths, model_depth)
+    depths = config.depth or (default_depth(trunk.size, trunk.depth),)
+    check_depths("align.depth", depths, trunk.depth)
+    check_depths("align.haste.attention_depths", config.haste.attention_depths, trunk.depth)
+    common: dict[str, Any] = {
+        "hidden_size": trunk.hidden_size,
+        "depths": depths,
+        "encoder_widths": encoder_widths,
+    }
     if name == "vrpo":
         from vrpo.alignment.vrpo import Vrpo
 
-        return Vrpo(config, hidden_size=hidden_size, depths=depths, encoder_widths=encoder_widths, tokens=tokens)
+        return Vrpo(config, tokens=trunk.tokens, **common)
     if name == "haste":
         from vrpo.alignment.haste import Haste
 
-        return Haste(
-            config,
-            hidden_size=hidden_size,
-            depths=depths,
-            encoder_widths=encoder_widths,
-            num_heads=num_heads,
-        )
-    if name == "irepa" and isqrt(tokens) ** 2 != tokens:
+        return Haste(config, num_heads=trunk.num_heads, **common)
+    if name == "irepa" and isqrt(trunk.tokens) ** 2 != trunk.tokens:
         raise ConfigError(
-            f"align.objective 'irepa' convolves over a square grid but the model has {tokens} tokens: "
+            f"align.objective 'irepa' convolves over a square grid but the model has {trunk.tokens} tokens: "
             "use square images, or align.objective repa."
         )
     kind = {"repa": Repa, "irepa": Irepa, "contrastive": Contrastive}[name]
-    return kind(config, hidden_size=hidden_size, depths=depths, encoder_widths=encoder_widths)
+    return kind(config, **common)
 
 
 def check_depths(field: str, depths: Sequence[int], model_depth: int) -> None:

@@ -108,9 +108,9 @@ class Objective(nn.Module):
 
     def token_loss(self, image_losses: Tensor, token_losses: Tensor) -> Tensor:
         """Return the scalar to add for the representation token, from each image's detached denoising loss and its
-        token's (B,).
+        token's (B,): by default the tokens' mean.
         """
-        raise NotImplementedError
+        return token_losses.mean()
 
     def observe(self, losses: Tensor, rerun: Rerun) -> None:
         """See each image's denoising loss (B,), detached; ``rerun(rows, taps)`` gives those of the same images, times

@@ -87,7 +87,7 @@ def _device(name: str) -> torch.device:
     """Return the device of this process; under torchrun each has a GPU of its own."""
     import torch
 
-    from vrpo.training.setup import resolve_device
+    from vrpo.devices import resolve_device
 
     local = os.environ.get("LOCAL_RANK")
     if name == "auto" and local is not None and torch.cuda.is_available():
@@ -213,7 +213,7 @@ def encoder_fit(words: list[str]) -> int:
     check_output(options.out)
 
     from vrpo.data.shards import ShardedDataset
-    from vrpo.training.setup import resolve_device
+    from vrpo.devices import resolve_device
     from vrpo.vision.convnet import fit_encoder
 
     result = fit_encoder(

@@ -91,9 +91,9 @@ def evaluate(words: list[str]) -> int:
 
     from rich.console import Console
 
+    from vrpo.devices import resolve_device
     from vrpo.evaluation.evaluate import check_reference, chosen_metrics, results_table, write_json
     from vrpo.evaluation.reference import load_reference
-    from vrpo.training.setup import resolve_device
 
     for source in options.sources:
         if not source.exists():
@@ -241,8 +241,8 @@ def stats(words: list[str]) -> int:
         raise DataError(f"there is nothing at {options.source}: give a data set, a folder, a zip or an npz file.")
     check_output(options.out)
 
+    from vrpo.devices import resolve_device
     from vrpo.evaluation.reference import load_reference
-    from vrpo.training.setup import resolve_device
 
     network = options.judge.load(resolve_device(options.device))
     reference = load_reference(options.source, network, batch_size=options.batch_size, progress=sys.stderr.isatty())
@@ -283,9 +283,9 @@ def parity(words: list[str]) -> int:
 
     from rich.console import Console
 
+    from vrpo.devices import resolve_device
     from vrpo.evaluation.evaluate import evaluate_images
     from vrpo.evaluation.parity import compare_published, parse_expected
-    from vrpo.training.setup import resolve_device
 
     expected = parse_expected(options.expect)
     for path in (options.samples, options.reference):

@@ -113,10 +113,10 @@ def sample(words: list[str]) -> int:
         with world.agreed():
             options, _ = parse(Sample, words, "sample")
 
+            from vrpo.devices import resolve_device
             from vrpo.display import TrainingDisplay
             from vrpo.sampling import RunSampler, find_class
             from vrpo.sampling.draw import Order, Outputs, draw_images
-            from vrpo.training.setup import resolve_device
 
             drawing, outputs = options.drawing, Outputs(options.out, options.npz, options.grid, options.columns)
             _check_outputs(outputs)

@@ -120,9 +120,9 @@ def _plan_here(options: PlanOptions, config: RunConfig, data: DataFacts) -> dict
 
     import torch
 
+    from vrpo.devices import resolve_device
     from vrpo.planning.calibrate import measure
     from vrpo.planning.plan import make_plan
-    from vrpo.training.setup import resolve_device
 
     device = resolve_device(config.train.device)
     if device.type == "cuda":

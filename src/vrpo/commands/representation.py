@@ -51,9 +51,9 @@ class Looking:
     def open(self, run: Path) -> tuple[LoadedRun, Trunk, tuple[int, ...]]:
         """Load the run's newest checkpoint, and return the depths that are looked at."""
         from vrpo.alignment.build import check_depths
+        from vrpo.devices import resolve_device
         from vrpo.evaluation.trunk import Trunk
         from vrpo.sampling import build_denoising, load_run
-        from vrpo.training.setup import resolve_device
 
         device = resolve_device(self.device)
         loaded = load_run(run, self.weights, device)

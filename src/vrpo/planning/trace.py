@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from vrpo.alignment.build import build_objective
+from vrpo.alignment.build import TrunkShape, build_objective
 from vrpo.alignment.objective import Objective, TargetBatch
 from vrpo.alignment.scaffold import WithScaffold
 from vrpo.config import EncoderConfig, RunConfig
-from vrpo.models.transformer import SIZES, DiffusionTransformer, build_transformer, parse_model_name
+from vrpo.models.transformer import DiffusionTransformer, build_transformer
 from vrpo.planning.live_bytes import LiveBytes, storages
 from vrpo.sampling import DTYPES, build_denoising
 from vrpo.training.step import DenoisingStep, draw_step
@@ -150,19 +150,10 @@ def build_networks(
     ).train()
     if config.align.uses_token:
         trunk.add_token(encoder_widths[0])
-    _, size, _ = parse_model_name(config.model.name)
-    objective = build_objective(
-        config.align,
-        hidden_size=trunk.hidden_size,
-        model_depth=trunk.depth,
-        model_size=size,
-        encoder_widths=encoder_widths,
-        tokens=trunk.num_tokens,
-        num_heads=SIZES[size].num_heads,
-        # Keys and values of a vision transformer are as wide as its tokens, all heads together.
-        key_value_widths=(encoder_widths[0], encoder_widths[0]) if config.align.supply != "none" else (0, 0),
-    )
-    return trunk, objective
+    # Keys and values of a vision transformer are as wide as its tokens, all heads together.
+    key_value_widths = (encoder_widths[0], encoder_widths[0]) if config.align.supply != "none" else (0, 0)
+    shape_of_trunk = TrunkShape.of(trunk, config.model.name)
+    return trunk, build_objective(config.align, shape_of_trunk, encoder_widths, key_value_widths)
 
 
 def precision_of(config: RunConfig) -> torch.dtype:

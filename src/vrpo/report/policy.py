@@ -48,8 +48,7 @@ def _scaffold(runs: Sequence[Run]) -> str | None:
 
 
 def _gap(runs: Sequence[Run]) -> str | None:
-    history = binned_history(runs, f"{_PREFIX}scaffold_gap")
-    ends = None if history is None else _ends(history.values)
+    ends = _ends(runs, "scaffold_gap")
     if ends is None:
         return None
     return (
@@ -59,8 +58,7 @@ def _gap(runs: Sequence[Run]) -> str | None:
 
 
 def _token(runs: Sequence[Run]) -> str | None:
-    history = binned_history(runs, f"{_PREFIX}token_loss")
-    ends = None if history is None else _ends(history.values)
+    ends = _ends(runs, "token_loss")
     if ends is None:
         return None
     sentence = f"The velocity loss of the representation token went from {ends[0]:.3g} to {ends[1]:.3g}"
@@ -109,8 +107,12 @@ def _direction(runs: Sequence[Run]) -> str | None:
     )
 
 
-def _ends(values: np.ndarray) -> tuple[float, float] | None:
-    """Return the mean over time bins of the first and last columns in which anything was logged."""
+def _ends(runs: Sequence[Run], name: str) -> tuple[float, float] | None:
+    """Return the first and the last logged value, each the mean over time bins."""
+    history = binned_history(runs, f"{_PREFIX}{name}")
+    if history is None:
+        return None
+    values = history.values
     logged = np.flatnonzero(np.isfinite(values).any(axis=0))
     if not len(logged):
         return None

@@ -54,6 +54,13 @@ class World:
         """Whether a launcher started this process."""
         return self.group is not None
 
+    def divided(self, count: int) -> list[int]:
+        """Return this process's share of ``count`` batches; all get equally many, the last again where they lack one.
+
+        So sharded networks, in whose calls all processes take part, are called equally often.
+        """
+        return [min(index, count - 1) for index in range(self.rank, -(-count // self.size) * self.size, self.size)]
+
     def gather(self, value: T) -> list[T]:
         """Return every process's ``value``, by rank."""
         if self.size == 1:

@@ -1,167 +1,98 @@
-"""What a run measures of itself beside training: held-out losses, sample grids, small evaluations.
+"""What a run measures and draws of itself beside training, every so many images.
 
 None of it touches the training random state: every draw comes from a generator of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vrpo.alignment.objective import AlignmentBatch, Objective, TargetBatch
-from vrpo.config import RunConfig
-from vrpo.data.shards import ShardedDataset
-from vrpo.diffusion.losses import Denoising
-from vrpo.diffusion.state import State
+from vrpo.decoding import decoder_of_state, latent_state
+from vrpo.errors import ConfigError
 from vrpo.files import replacing
-from vrpo.models.taps import NO_TAPS, Taps
 from vrpo.models.transformer import DiffusionTransformer
-from vrpo.randomness import STREAM_VALIDATION, mix, step_generator
-from vrpo.sampling import DTYPES, ImageSampler, grid_image
+from vrpo.sampling import ImageSampler, grid_image
 from vrpo.training.distributed import ALONE, World
-from vrpo.training.latents import CleanLatents
-from vrpo.training.targets import Targets
+from vrpo.training.setup import Parts
+from vrpo.training.telemetry import Journal
+from vrpo.training.validation import Validation
+from vrpo.vision.autoencoders import Decoder, Pixels
 
-VALIDATION_BATCH = 128
-
-
-class Validation:
-    """Denoising loss and alignment on held-out images at fixed noise and evenly spread times."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        dataset: ShardedDataset,
-        denoising: Denoising,
-        targets: Targets,
-        depths: tuple[int, ...],
-        device: torch.device,
-        world: World = ALONE,
-    ) -> None:
-        self.world = world
-        self.config, self.dataset, self.denoising = config, dataset, denoising
-        self.targets, self.depths, self.device = targets, depths, device
-        self.rows = np.unique(
-            np.linspace(0, len(dataset) - 1, min(config.train.validation_images, len(dataset))).astype(np.int64)
-        )
-        # Its noise is of another stream's seed than that of training, at every step.
-        self._clean = CleanLatents(dataset.manifest, mix(config.seed, STREAM_VALIDATION) >> 1, device)
-        self._dtype = DTYPES[config.train.precision]
-        self._kept: dict[int, TargetBatch] = {}
-
-    @torch.no_grad()
-    def __call__(
-        self, averaged: DiffusionTransformer, trunk: DiffusionTransformer, objective: Objective
-    ) -> dict[str, Any]:
-        """Return the held-out denoising loss of the averaged weights and the alignment of the trained ones."""
-        starts = range(0, len(self.rows), VALIDATION_BATCH)
-        found: dict[int, tuple[Tensor, float | None]] = {}
-        for mine in divided(len(starts), self.world):
-            start = starts[mine]
-            found[start] = self._measure(start, averaged, trunk, objective)
-        # In the order of the batches, whoever measured them.
-        everything = {start: values for part in self.world.gather(found) for start, values in part.items()}
-        losses = torch.cat([everything[start][0] for start in starts])
-        record = {"denoising": losses.mean().item(), "held_out_images": len(self.rows)}
-        cosines = [(everything[start][1], len(everything[start][0])) for start in starts]
-        if all(cosine is not None for cosine, _ in cosines):
-            record["alignment"] = sum(cosine * count for cosine, count in cosines if cosine is not None) / len(
-                self.rows
-            )
-        return record
-
-    def _measure(
-        self, start: int, averaged: DiffusionTransformer, trunk: DiffusionTransformer, objective: Objective
-    ) -> tuple[Tensor, float | None]:
-        """Return the losses (B,) of the batch from row ``start`` on the CPU, and its mean cosine if there is one."""
-        rows = self.rows[start : start + VALIDATION_BATCH]
-        pixels, stored, labels = self._read(rows)
-        given = labels.to(self.device) if labels is not None and averaged.num_classes else None
-        clean = self._clean(pixels, stored, start, count=len(rows))
-        generator = step_generator(self.config.seed, start, STREAM_VALIDATION, self.device)
-        noise = torch.randn(clean.shape, generator=generator, device=self.device)
-        # Evenly spread over the whole set, the same at every visit.
-        spread = (torch.arange(start, start + len(rows), device=self.device) + 0.5) / len(self.rows)
-        times = self.denoising.times(spread)
-        noised = self.denoising.noised(clean, noise, times)
-        targets = TargetBatch() if pixels is None else self._held_out_targets(start, pixels)
-        token = None
-        if averaged.token_width:
-            # Drawn last: images have the same noise with and without a token.
-            token_noise = torch.randn(targets.class_tokens[0].shape, generator=generator, device=self.device)
-            token = self.denoising.noised(targets.class_tokens[0], token_noise, times)
-        state = State(noised, token)
-        # The image's part alone, which compares with models that have no token.
-        losses = self.denoising.loss(self._run(averaged, state, times, given), clean, noise, times)
-        cosine = None
-        if pixels is not None and self.targets.encoders:
-            kept: dict[int, Tensor] = {}
-            self._run(trunk, state, times, given, self._keep(kept))
-            batch = AlignmentBatch(
-                targets=targets.tokens,
-                time=self.denoising.unit_time(times),
-                clean=clean,
-                images=pixels,
-                images_seen=0,
-                budget=1,
-                sample_weight=1.0,
-            )
-            cosine = objective.measure(batch, kept)
-        return losses.cpu(), None if cosine is None else float(cosine)
-
-    def _read(self, rows: np.ndarray) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return pixels, stored latents and labels of held-out rows, each where it is needed and there."""
-        if self.dataset.latents is None:
-            pixels, labels = self.dataset.read(rows)
-            return pixels.to(self.device), None, labels
-        known = self.dataset.labels()
-        labels_of = None if known is None else torch.from_numpy(known[rows])
-        stored = self.dataset.read_latents(rows).to(self.device)
-        images = self.dataset.read(rows)[0].to(self.device) if self.targets.encoders else None
-        return images, stored, labels_of
-
-    def _held_out_targets(self, start: int, pixels: Tensor) -> TargetBatch:
-        """Return the encoders' tokens of one batch, computed at the first visit and kept as fp16 in main memory."""
-        if start not in self._kept:
-            self._kept[start] = self.targets.online(pixels).map(lambda tokens: tokens.half().cpu())
-        return self._kept[start].map(lambda tokens: tokens.to(self.device).float())
-
-    def _keep(self, kept: dict[int, Tensor]) -> Taps:
-        def keeper(depth: int) -> Any:
-            def keep(tokens: Tensor) -> Tensor:
-                kept[depth] = tokens
-                return tokens
-
-            return keep
-
-        return Taps(tokens={depth: keeper(depth) for depth in self.depths})
-
-    def _run(
-        self, network: DiffusionTransformer, x: State, t: Tensor, labels: Tensor | None, taps: Taps = NO_TAPS
-    ) -> Tensor:
-        """Return the network's output for the image."""
-        training = network.training
-        network.eval()
-        with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
-            if x.token is None:
-                output = network(x.image, t, labels, taps)
-            else:
-                output, _ = network(x.image, t, labels, taps, token=x.token)
-        network.train(training)
-        return output.float()
+Work = Callable[[], dict[str, Any]]
 
 
-def divided(count: int, world: World) -> list[int]:
-    """Return this process's share of ``count`` batches; all get equally many, the last one again where they lack one.
+class Observer:
+    """Held-out losses, sample grids and small evaluations of a run's averaged weights."""
 
-    So sharded networks, in whose calls all processes take part, are called equally often.
-    """
-    return [min(index, count - 1) for index in range(world.rank, -(-count // world.size) * world.size, world.size)]
+    def __init__(self, parts: Parts, averaged: DiffusionTransformer, run: Path, world: World) -> None:
+        """Load what the configuration asks for.
+
+        Raises:
+            ConfigError, DataError: it cannot be measured.
+        """
+        config, device = parts.config, parts.device
+        self._parts, self._averaged, self._run, self._world = parts, averaged, run, world
+        self._sampler = ImageSampler(averaged, config, device=device, decoder=_decoder(parts))
+        self._validation: Validation | None = None
+        if parts.held_out is not None:
+            depths = getattr(parts.objective, "depths", ())
+            self._validation = Validation(config, parts.held_out, parts.denoising, parts.targets, depths, device, world)
+        with world.agreed():
+            self.scorer: Work | None = self._build_scorer()
+
+    def due(
+        self, journal: Journal, images: int, passed: Callable[[int], bool], first: bool
+    ) -> Iterator[tuple[str, Work]]:
+        """Give the name and the work of what is due at ``images`` images and not in the journal yet.
+
+        ``passed(every)`` says whether a multiple of ``every`` images was passed; ``first``: nothing is trained yet.
+        """
+        train = self._parts.config.train
+
+        def is_due(kind: str, every: int) -> bool:
+            return bool(every) and passed(every) and not journal.has(kind, images)
+
+        if self._validation is not None and is_due("validation", train.validate_every):
+            yield "validation", self._validate
+        if is_due("samples", train.sample_every):
+            yield "samples", lambda: self._save_grid(images)
+        # An untrained network's samples are not worth scoring.
+        if self.scorer is not None and not first and is_due("evaluation", train.evaluate_every):
+            yield "evaluation", self.scorer
+
+    def _validate(self) -> dict[str, Any]:
+        assert self._validation is not None
+        return self._validation(self._averaged, self._parts.trunk, self._parts.objective)
+
+    def _save_grid(self, images: int) -> dict[str, Any]:
+        return save_grid(self._sampler, self._run / "samples", images, self._parts.num_classes, self._world)
+
+    def _build_scorer(self) -> Work | None:
+        parts, config = self._parts, self._parts.config
+        if config.evaluate.features is None or not config.train.evaluate_every:
+            return None
+        from vrpo.training.score import Scorer
+
+        reference = parts.dataset
+        if config.evaluate.reference == "validation":
+            if parts.held_out is None:
+                raise ConfigError("evaluate.reference is validation, but data.validation is not set: give that folder.")
+            reference = parts.held_out
+        return Scorer(config, self._sampler, reference, parts.num_classes, parts.device, self._world)
+
+
+def _decoder(parts: Parts) -> Decoder:
+    """Load the autoencoder where the run draws samples."""
+    train, sample = parts.config.train, parts.config.sample
+    if not (train.sample_every or (train.evaluate_every and parts.config.evaluate.features is not None)):
+        return Pixels()
+    state = latent_state(parts.dataset.manifest)
+    return decoder_of_state(state, named=sample.decoder, any_decoder=sample.any_decoder, device=parts.device)
 
 
 def draw_together(
@@ -173,7 +104,7 @@ def draw_together(
     size = sampler.compute_batch
     starts = range(0, len(indices), size)
     drawn: dict[int, Tensor] = {}
-    for mine in divided(len(starts), world):
+    for mine in world.divided(len(starts)):
         part = slice(starts[mine], starts[mine] + size)
         drawn[part.start] = sampler.images(indices[part], None if labels is None else labels[part], seed)
     everything = {start: images for part in world.gather(drawn) for start, images in part.items()}

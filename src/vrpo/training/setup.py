@@ -2,47 +2,27 @@
 
 from __future__ import annotations
 
-import platform
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import vrpo
-from vrpo.alignment.build import build_objective, check_depths
+from vrpo.alignment.build import TrunkShape, build_objective, check_depths
 from vrpo.alignment.image_distance import add_image_distance
 from vrpo.alignment.objective import Objective
 from vrpo.config import RunConfig
 from vrpo.data.shards import ShardedDataset
+from vrpo.devices import resolve_device
 from vrpo.diffusion.losses import Denoising
 from vrpo.errors import ConfigError
-from vrpo.models.transformer import SIZES, DiffusionTransformer, build_transformer, parameter_count, parse_model_name
+from vrpo.models.transformer import SIZES, DiffusionTransformer, build_transformer, parse_model_name
 from vrpo.randomness import STREAM_INIT, mix
 from vrpo.sampling import build_denoising, check_sampling
 from vrpo.training.data_checks import check_data, check_pair
 from vrpo.training.distributed import ALONE, World, local_device, share
 from vrpo.training.targets import Say, Targets
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device that ``name`` ("auto", "cpu", "cuda", "cuda:1") stands for.
-
-    Raises:
-        ConfigError: it is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"train.device '{name}' is not available here: use auto or cpu.") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # events and streams are those of the current device
-    return device
-
 
 # Below this, reading the data once takes no time worth showing.
 _LONG_TO_READ = 1 << 30
@@ -107,6 +87,16 @@ def _check_evaluation(config: RunConfig) -> None:
         raise ConfigError(f"evaluate.samples {config.evaluate.samples} is too few to score: use at least {fewest}.")
 
 
+def idle_settings(config: RunConfig) -> Iterator[str]:
+    """Give a sentence for each setting that will do nothing for want of something to do it with."""
+    if config.train.validate_every and config.data.validation is None:
+        yield "No held-out loss will be measured: data.validation is not set."
+    if config.train.evaluate_every and config.evaluate.features is None:
+        yield "Samples will not be scored during training: evaluate.features is not set."
+    if config.align.uses_token and config.align.token.tau is not None and config.train.noisings == 1:
+        yield "The token's weights are all one: align.token.tau compares an image's noisings, and train.noisings is 1."
+
+
 def open_data(path: Path | None, field: str) -> ShardedDataset:
     """Open a prepared data set.
 
@@ -164,16 +154,8 @@ def build_parts(config: RunConfig, say: Say, progress: Any = None, world: World 
         torch.manual_seed(mix(config.seed, STREAM_INIT, 2) >> 1)
         trunk.add_token(targets.class_width)
     torch.manual_seed(mix(config.seed, STREAM_INIT, 1) >> 1)
-    _, size, _ = parse_model_name(config.model.name)
     objective = build_objective(
-        config.align,
-        hidden_size=trunk.hidden_size,
-        model_depth=trunk.depth,
-        model_size=size,
-        encoder_widths=targets.widths,
-        tokens=trunk.num_tokens,
-        num_heads=SIZES[size].num_heads,
-        key_value_widths=targets.key_value_widths,
+        config.align, TrunkShape.of(trunk, config.model.name), targets.widths, targets.key_value_widths
     )
     objective = add_image_distance(
         objective,
@@ -194,29 +176,3 @@ def build_parts(config: RunConfig, say: Say, progress: Any = None, world: World 
         targets=targets,
         flip=flip,
     )
-
-
-def facts(parts: Parts, status: str, world: World = ALONE) -> dict[str, Any]:
-    """Return what ``run.json`` records about a run."""
-    data = parts.dataset
-    device = parts.device
-    return {
-        "name": parts.config.name,
-        "objective": parts.config.align.objective,
-        "status": status,
-        "vrpo": vrpo.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {sys.platform}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processes": world.size,
-        "parameters": {"trunk": parameter_count(parts.trunk), "objective": parameter_count(parts.objective)},
-        "encoders": [encoder.fingerprint for encoder in parts.targets.encoders],
-        "data": {
-            "path": str(data.path),
-            "fingerprint": data.fingerprint,
-            "images": len(data),
-            "classes": data.num_classes,
-            "class_names": list(data.class_names),
-        },
-    }

@@ -96,6 +96,11 @@ class Targets:
         return tuple(encoder.width for encoder in self.encoders)
 
     @property
+    def fingerprints(self) -> list[str]:
+        """What tells each encoder from any other."""
+        return [encoder.fingerprint for encoder in self.encoders]
+
+    @property
     def class_width(self) -> int:
         """Channels of the first encoder's class token."""
         return self.encoders[0].width
