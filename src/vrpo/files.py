@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vrpo.errors import CheckpointError
 
@@ -88,7 +88,7 @@ def load_tensors(path: Path, *, sealed: bool = False) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise CheckpointError(f"there are no weights at {path}: give the path of a safetensors file.")
+        raise CheckpointError(f"there is no weights file at {path}: check the path.")
     try:
         tensors = load_file(path)
         if sealed:
@@ -98,7 +98,33 @@ def load_tensors(path: Path, *, sealed: bool = False) -> dict[str, Tensor]:
                 raise ValueError("its content differs from its seal")
         return tensors
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: use another copy.") from error
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}): use another copy.") from error
+
+
+def load_weights(path: Path) -> Any:
+    """Read a safetensors file, or any other as one of PyTorch, of which nothing is executed.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or holds more than tensors and plain values.
+    """
+    import argparse
+    import pickle
+
+    import torch
+
+    if path.suffix == ".safetensors" or not path.is_file():
+        return load_tensors(path)
+    # Training scripts save their command line beside the weights; a Namespace is inert.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{path} is damaged or holds Python objects, which are never executed: save its tensors alone, best as "
+                "safetensors."
+            ) from error
+        except Exception as error:  # on damaged bytes it raises any type
+            raise CheckpointError(f"{path} is damaged or no PyTorch file: use another copy.") from error
 
 
 def load_into(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:

@@ -337,7 +337,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
         path = tmp_path / f"weights{suffix}"
         save_published(build("dit"), path, "dit")
         path.write_bytes(path.read_bytes()[:-1000])
-        with pytest.raises(CheckpointError, match=r"damaged|not a readable"):
+        with pytest.raises(CheckpointError, match=r"damaged|not a whole"):
             read_tensors(path)
 
 

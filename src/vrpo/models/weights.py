@@ -15,17 +15,16 @@ They differ in this:
 
 from __future__ import annotations
 
-import argparse
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vrpo.errors import CheckpointError, nearest
+from vrpo.files import load_weights
 from vrpo.models.layers import time_frequencies
 from vrpo.models.transformer import DiffusionTransformer
 
@@ -175,19 +174,7 @@ def read_tensors(path: str | Path) -> StateDict:
         CheckpointError: a missing or damaged file, one that holds more than tensors, or none.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"There is no weights file at '{path}'.")
-    content: Any
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            content = load_file(path)
-        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"'{path}' is not a readable safetensors file: {error}.") from error
-    else:
-        content = _read_pt(path)
+    content = load_weights(path)
     for key in ("ema", "model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -196,20 +183,6 @@ def read_tensors(path: str | Path) -> StateDict:
     if not tensors:
         raise CheckpointError(f"'{path}' holds no named tensors: give a state dict, as safetensors or .pt.")
     return tensors
-
-
-def _read_pt(path: Path) -> Any:
-    # All three training scripts save their command line beside the weights; a Namespace is inert.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"'{path}' is damaged or holds Python objects, which are never executed: "
-                "save its tensors alone, best as safetensors."
-            ) from error
-        except Exception as error:  # on damaged bytes it raises any type
-            raise CheckpointError(f"'{path}' is damaged or no PyTorch file: get it again.") from error
 
 
 def _check_source(model: DiffusionTransformer, source: str) -> None:

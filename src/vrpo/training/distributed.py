@@ -8,6 +8,8 @@ no GPU and never meets the gradients.
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -191,6 +193,7 @@ def connect() -> Iterator[World]:
 
     Raises:
         ConfigError: the launcher's environment is incomplete, or the others do not come.
+        ProcessError: one of them is lost.
     """
     world = _from_environment(os.environ)
     if world is None:
@@ -201,7 +204,10 @@ def connect() -> Iterator[World]:
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
-        dist.init_process_group(backend, timeout=STEP_TIMEOUT)
+        store, rank, size = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = dist.PrefixStore(_name_of_start(store, world), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=STEP_TIMEOUT)
         group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -212,6 +218,15 @@ def connect() -> Iterator[World]:
     together = True
     try:
         yield replace(world, group=group)
+    except RuntimeError as error:
+        together = False
+        if not _is_of_connection(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise ProcessError(
+            f"process {world.rank} of {world.size} lost another one ({reason[:200]}): see why that one ended, then go "
+            "on with --resume; torchrun --max-restarts N does so by itself."
+        ) from error
     except BaseException as error:
         together = getattr(error, "shared", False)
         raise
@@ -219,6 +234,43 @@ def connect() -> Iterator[World]:
         # NCCL would wait for processes that do not know of an error; gloo closes its connections, which they notice.
         if together or backend == "gloo":
             dist.destroy_process_group()
+
+
+def _name_of_start(store: Any, world: World) -> str:
+    """Return a name for this start of the processes, the same in all of them and unlike that of any other start.
+
+    torchrun's own store outlives the processes that it starts again, which would take addresses of lost ones for those
+    of the living (pytorch/pytorch#135712). Its count of restarts differs between nodes. So each process leaves a word
+    of its own; the first one answers every word with the name until the newest word of each has been acknowledged,
+    which those of lost processes never are.
+    """
+    word, folder = uuid.uuid4().hex, "vrpo"
+    if not world.first:
+        store.set(f"{folder}/word/{world.rank}", word)
+        name = store.get(f"{folder}/name/{word}").decode()
+        store.set(f"{folder}/heard/{word}/{name}", "")
+        return str(name)
+    deadline = time.monotonic() + STEP_TIMEOUT.total_seconds()
+    waiting = set(range(1, world.size))
+    while waiting:
+        for rank in sorted(waiting):
+            if not store.check([f"{folder}/word/{rank}"]):
+                continue
+            theirs = store.get(f"{folder}/word/{rank}").decode()
+            store.set(f"{folder}/name/{theirs}", word)
+            if store.check([f"{folder}/heard/{theirs}/{word}"]):
+                waiting.discard(rank)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"process {min(waiting)} did not come within {STEP_TIMEOUT.total_seconds():.0f} s")
+        time.sleep(0.02)
+    return word
+
+
+def _is_of_connection(error: RuntimeError) -> bool:
+    """Return whether an error says that another process is gone; gloo's have no type of their own."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def _from_environment(environment: Mapping[str, str]) -> World | None:

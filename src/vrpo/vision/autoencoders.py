@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vrpo.data.transforms import to_float
 from vrpo.errors import CheckpointError, ConfigError, nearest
+from vrpo.vision.hub import asking_hub
 from vrpo.vision.weight_files import state_hash
 
 # Short names of published autoencoders on the hub.
@@ -161,12 +162,14 @@ def load_autoencoder(name: str, device: torch.device | str = "cpu", precision: s
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        kind = _read_kind(source)
-        if kind not in KINDS:
-            raise CheckpointError(
-                f"'{name}' is a {kind}, which is no autoencoder that can be used here: give one of {', '.join(KINDS)}."
-            )
-        network = getattr(diffusers, kind).from_pretrained(source, use_safetensors=True, low_cpu_mem_usage=False)
+        with asking_hub(source):
+            kind = _read_kind(source)
+            if kind not in KINDS:
+                raise CheckpointError(
+                    f"'{name}' is a {kind}, which is no autoencoder that can be used here: give one of "
+                    f"{', '.join(KINDS)}."
+                )
+            network = getattr(diffusers, kind).from_pretrained(source, use_safetensors=True, low_cpu_mem_usage=False)
     except CheckpointError:
         raise
     except Exception as error:  # the hub, the file system, the format and the shapes all have errors of their own

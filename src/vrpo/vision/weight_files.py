@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vrpo.errors import CheckpointError
+from vrpo.files import load_weights
 
-PICKLED = {".pt", ".pth", ".bin"}
+SUFFIXES = {".safetensors", ".pt", ".pth", ".bin"}
 WRAPPERS = ("state_dict", "model")
 
 
@@ -44,28 +45,14 @@ def read_metadata(path: Path) -> dict[str, str]:
 def read_weights(path: Path) -> dict[str, Any]:
     """Return the tensors of a ``.safetensors`` file, or of a ``.pt``, ``.pth`` or ``.bin`` file, on the CPU.
 
-    Pickled files are read with ``weights_only=True``, so they cannot run code; the usual wrappers
-    (``state_dict``, ``model``) and the prefix ``module.`` are taken off.
+    The usual wrappers (``state_dict``, ``model``) and the prefix ``module.`` are taken off.
 
     Raises:
         CheckpointError: the file is missing, of another kind, or damaged.
     """
-    if not path.is_file():
-        raise CheckpointError(f"There is no weights file at {path}: check the path.")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{path} is not a whole safetensors file ({error}): fetch it again.") from error
-    if path.suffix not in PICKLED:
+    if path.is_file() and path.suffix not in SUFFIXES:
         raise CheckpointError(f"{path} is not a weights file: give .safetensors, or .pt, .pth or .bin of PyTorch.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on damaged bytes it raises any type
-        raise CheckpointError(f"{path} cannot be read as plain tensors: save its state_dict as safetensors.") from error
+    state = load_weights(path)
     for wrapper in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

@@ -1,0 +1,100 @@
+"""Real launchers and real processes: one that is lost, and the restart that goes on."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vrpo.config_load import to_yaml
+from vrpo.training.checkpoint import find_checkpoints
+
+# Process 1 kills itself in the middle of its tenth step, once.
+KILLER = """
+import os, pathlib, signal
+from vrpo.training.trainer import Trainer
+
+step, mark = Trainer._train_step, pathlib.Path(__file__).with_suffix(".done")
+
+def deadly(self, batch):
+    if self.step == 9 and self.world.rank == 1 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(self, batch)
+
+Trainer._train_step = deadly
+"""
+SOON = 240
+
+
+@pytest.fixture
+def words(make_config: Any, tmp_path: Path) -> list[str]:
+    """Return a training command with a process that is lost."""
+    config = make_config(align={"objective": "vrpo"}, train={"checkpoint_every": 24, "keep_checkpoints": 9})
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    (tmp_path / "killer.py").write_text(KILLER)
+    return ["train", "--config", str(tmp_path / "config.yaml"), "--plugin", str(tmp_path / "killer.py")]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def test_a_lost_process_ends_the_others_with_a_sentence(words: list[str], tmp_path: Path) -> None:
+    # Without a launcher, which would end the others itself.
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "vrpo", *words, "--out", str(tmp_path / "run")],
+            env=environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        _, told = processes[0].communicate(timeout=SOON)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert processes[0].returncode == 2
+    (sentence,) = [line for line in told.splitlines() if line.startswith("vrpo: ")]
+    assert sentence.startswith("vrpo: process 0 of 2 lost another one (")
+    assert "--resume" in sentence
+    assert "Traceback" not in told
+    assert find_checkpoints(tmp_path / "run")[0].name == "step-00000009"
+
+
+def launch(launcher: list[str], words: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", *launcher, "-m", "vrpo", *words]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=SOON, check=False)
+
+
+def test_torchrun_restarts_after_a_loss_to_the_same_weights(words: list[str], tmp_path: Path) -> None:
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    lost = launch([*torchrun, "--max-restarts", "1"], [*words, "--out", str(tmp_path / "lost"), "--resume"])
+    assert lost.returncode == 0, lost.stderr
+    assert (tmp_path / "killer.done").exists(), "no process was lost"
+    assert "Resumed" in lost.stderr + lost.stdout
+    whole = launch(torchrun, [*words, "--out", str(tmp_path / "whole")])
+    assert whole.returncode == 0, whole.stderr
+    for part in ("model", "ema", "objective", "optimizer"):
+        ours, theirs = (
+            load_file(find_checkpoints(tmp_path / run)[0] / f"{part}.safetensors") for run in ("lost", "whole")
+        )
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
