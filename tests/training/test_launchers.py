@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from vrpo.config_load import to_yaml
+from vrpo.runs import Run
 from vrpo.training.checkpoint import find_checkpoints
 
 # Process 1 kills itself in the middle of its tenth step, once.
@@ -31,7 +32,7 @@ def deadly(self, batch):
 
 Trainer._train_step = deadly
 """
-SOON = 240
+SOON = 600
 
 
 @pytest.fixture
@@ -98,3 +99,19 @@ def test_torchrun_restarts_after_a_loss_to_the_same_weights(words: list[str], tm
         )
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+@pytest.mark.soak
+def test_compiled_blocks_are_sharded_to_the_same_losses(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(align={"objective": "vrpo"}, train={"images": 64, "log_every": 8})
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    words = ["train", "--config", str(tmp_path / "config.yaml"), "--train.parallel", "fsdp"]
+    losses = {}
+    for compiled in ("False", "True"):
+        torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+        out = tmp_path / compiled
+        ended = launch(torchrun, [*words, "--train.compile", compiled, "--out", str(out)])
+        assert ended.returncode == 0, ended.stderr
+        losses[compiled] = [record["loss"] for record in Run(out).metrics("train")]
+    assert len(losses["True"]) == 8
+    assert losses["True"] == pytest.approx(losses["False"], rel=1e-4)
