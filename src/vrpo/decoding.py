@@ -88,15 +88,18 @@ def latent_state(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def latents_of_state(state: dict[str, Any]) -> tuple[LatentRecord | None, Normaliser | None]:
+    """Return what ``latent_state`` recorded: the latents a checkpoint was trained on; None and None for pixels."""
+    record, normaliser = state.get("latents"), state.get("normaliser")
+    return (
+        None if record is None else LatentRecord.model_validate(record),
+        None if normaliser is None else Normaliser.model_validate(normaliser),
+    )
+
+
 def decoder_of_state(
     state: dict[str, Any], *, named: str | None, any_decoder: bool, device: torch.device | str
 ) -> Decoder:
     """Return the decoder of a checkpoint with ``latent_state``; one without is of pixels."""
-    record, normaliser = state.get("latents"), state.get("normaliser")
-    return load_decoder(
-        None if record is None else LatentRecord.model_validate(record),
-        None if normaliser is None else Normaliser.model_validate(normaliser),
-        named=named,
-        any_decoder=any_decoder,
-        device=device,
-    )
+    record, normaliser = latents_of_state(state)
+    return load_decoder(record, normaliser, named=named, any_decoder=any_decoder, device=device)

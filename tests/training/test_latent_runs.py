@@ -38,7 +38,7 @@ def latents(autoencoder: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 def make(out: Path, count: int, seed: int, autoencoder: Path, **options: Any) -> Path:
     images, labels = pictures(count, seed)
     source = ArraySource(images, labels, CLASSES, out.name)
-    told = LatentOptions(str(autoencoder), normalise="channels", **options)
+    told = LatentOptions(**{"autoencoder": str(autoencoder), "normalise": "channels"} | options)
     prepare(source, out, size=16, flip=True, workers=1, progress=False, latents=told)
     return out
 
@@ -79,6 +79,20 @@ def test_train_validate_draw_resume(objective: str, make_config: Any, latents: A
     ]
 
 
+def test_held_out_latents_are_scaled_as_the_training_data_is(
+    make_config: Any, latents: Any, autoencoder: Path, tmp_path: Path
+) -> None:
+    """The trunk knows one scale: what the held-out data's own statistics are makes no difference."""
+    other = make(tmp_path / "held-out", 12, 1, autoencoder, normalise="autoencoder")
+    assert ShardedDataset(other).manifest.normaliser != ShardedDataset(latents[1]).manifest.normaliser
+    for name, held_out in (("one", latents[1]), ("two", other)):
+        config = configure(make_config, (latents[0], held_out), "none", train={"images": 16, "validate_every": 8})
+        run(config, tmp_path / name)
+    one, two = ([record["denoising"] for record in records(tmp_path / name, "validation")] for name in ("one", "two"))
+    assert len(one) > 1
+    assert one == two
+
+
 def test_samples_decode_by_the_recorded_autoencoder_only(
     make_config: Any, latents: Any, autoencoder: Path, tmp_path: Path
 ) -> None:
@@ -100,7 +114,7 @@ def test_latents_are_sampled_scaled_and_shifted(latents: Any) -> None:
     dataset = ShardedDataset(latents[0])
     rows = np.arange(8)
     stored = dataset.read_latents(rows)
-    clean = CleanLatents(dataset.manifest, 7, torch.device("cpu"))
+    clean = CleanLatents(dataset.latents, dataset.manifest.normaliser, 7, torch.device("cpu"))
     z0 = clean(None, stored, 3, count=8)
     mean, deviation = stored.float().chunk(2, dim=1)
     assert dataset.manifest.normaliser is not None
@@ -181,3 +195,23 @@ def test_tokens_of_a_run_on_latents_are_looked_at(
     assert [table["kind"] for table in tables] == ["CKNNA", "Linear probe accuracy"]
     assert all(np.isfinite(table["values"]).all() for table in tables)
     assert tables[1]["protocol"]["test"] == "held-out"
+
+
+def test_tokens_are_looked_at_in_latents_of_the_runs_own_kind(
+    latents: tuple[Path, Path], make_config: Any, data: Any, autoencoder: Path, tmp_path: Path
+) -> None:
+    from vrpo.commands.representation import probe
+
+    run(configure(make_config, latents, "none"), tmp_path / "run")
+
+    def probed(name: str, path: Path) -> Any:
+        words = [str(tmp_path / "run"), "--data", str(latents[0]), "--test", str(path), "--times", "0", "0.5"]
+        probe([*words, "--out", str(tmp_path / name)])
+        return json.loads((tmp_path / name).read_text())["values"]
+
+    # Prepared with another normaliser, the same latents reach the trunk at the scale of its training.
+    scaled = make(tmp_path / "scaled", 12, 1, autoencoder, normalise="autoencoder")
+    assert probed("one.json", latents[1]) == probed("two.json", scaled)
+    other = make(tmp_path / "other-data", 12, 1, save_autoencoder(tmp_path / "other", seed=1))
+    with pytest.raises(DataError, match=r"latents of .* are of another autoencoder .* than those the run was trained"):
+        probed("three.json", other)

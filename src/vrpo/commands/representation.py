@@ -69,7 +69,7 @@ class Looking:
         else:
             check_output(run / "evaluations", folder=True)
         denoising = build_denoising(loaded.network.kind, loaded.config.diffusion)
-        trunk = Trunk(loaded.network, denoising, device, partial(_clean, device, self.seed))
+        trunk = Trunk(loaded.network, denoising, device, partial(_clean, loaded, device, self.seed))
         return loaded, trunk, self.depths or tuple(range(1, deepest + 1))
 
     def finish(self, run: Path, loaded: LoadedRun, name: str, result: DepthTimeTable, **about: Any) -> None:
@@ -225,6 +225,7 @@ def probe(words: list[str]) -> int:
 
 def _open_data(path: Path | None, loaded: LoadedRun) -> ShardedDataset:
     from vrpo.data.shards import ShardedDataset
+    from vrpo.decoding import latents_of_state
 
     if path is None:
         raise ConfigError("the run names no data: give a prepared data set with --data.")
@@ -235,16 +236,31 @@ def _open_data(path: Path | None, loaded: LoadedRun) -> ShardedDataset:
             f"{path} holds {data.in_channels} channels of {data.input_size} x {data.input_size} and the model takes "
             f"{network.in_channels} of {network.input_size} x {network.input_size}: prepare it as the run's data was."
         )
+    mine, theirs = latents_of_state(loaded.latents)[0], data.latents
+    if (mine is None) != (theirs is None):
+        raise DataError(
+            f"{path} holds {'no latents' if theirs is None else 'latents'} and the run was trained on "
+            f"{'pixels' if mine is None else 'latents'}: prepare it as the run's data was."
+        )
+    if mine is not None and theirs is not None and not mine.is_like(theirs):
+        raise DataError(
+            f"the latents of {path} are of another autoencoder ('{theirs.autoencoder}') than those the run was trained "
+            f"on ('{mine.autoencoder}'): prepare it with the same --latents."
+        )
     return data
 
 
-def _clean(device: torch.device, seed: int, data: ShardedDataset, rows: np.ndarray, start: int) -> Tensor:
-    """Return what the diffusion is trained on: pixels, or latents where the data holds them."""
+def _clean(
+    loaded: LoadedRun, device: torch.device, seed: int, data: ShardedDataset, rows: np.ndarray, start: int
+) -> Tensor:
+    """Return what the diffusion is trained on: pixels, or latents scaled as the run's training data was."""
+    from vrpo.decoding import latents_of_state
     from vrpo.training.latents import CleanLatents
 
     pixels = None if data.latents is not None else data.read(rows)[0].to(device)
     stored = None if data.latents is None else data.read_latents(rows).to(device)
-    return CleanLatents(data.manifest, seed, device)(pixels, stored, start, count=len(rows))
+    clean = CleanLatents(data.latents, latents_of_state(loaded.latents)[1], seed, device)
+    return clean(pixels, stored, start, count=len(rows))
 
 
 def _display() -> Any:

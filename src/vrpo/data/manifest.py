@@ -70,6 +70,12 @@ class LatentRecord(Record):
         """Channels of a stored row."""
         return self.channels * (2 if self.posterior else 1)
 
+    def is_like(self, other: LatentRecord) -> bool:
+        """Whether both are of one shape, and of one autoencoder as far as both say."""
+        if (self.channels, self.size, self.posterior) != (other.channels, other.size, other.posterior):
+            return False
+        return None in (self.weights, other.weights) or self.weights == other.weights
+
 
 class Normaliser(Record):
     """The diffusion's latents are (latents - shift) * scale, channel by channel."""

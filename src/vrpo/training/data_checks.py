@@ -57,14 +57,11 @@ def check_pair(dataset: ShardedDataset, held_out: ShardedDataset | None) -> None
             f"of {dataset.path} and the held-out {held_out.path} only one holds latents: prepare both with the same "
             "--latents."
         )
-    if mine is not None and theirs is not None:
-        same = (mine.channels, mine.size, mine.posterior) == (theirs.channels, theirs.size, theirs.posterior)
-        known = None not in (mine.weights, theirs.weights)
-        if not same or (known and mine.weights != theirs.weights):
-            raise DataError(
-                f"the held-out latents of {held_out.path} are of another autoencoder ('{theirs.autoencoder}') than "
-                f"those of {dataset.path} ('{mine.autoencoder}'): prepare both with the same --latents."
-            )
+    if mine is not None and theirs is not None and not mine.is_like(theirs):
+        raise DataError(
+            f"the held-out latents of {held_out.path} are of another autoencoder ('{theirs.autoencoder}') than "
+            f"those of {dataset.path} ('{mine.autoencoder}'): prepare both with the same --latents."
+        )
     if held_out.class_names != dataset.class_names:
         raise DataError(
             f"the held-out data of {held_out.path} has other classes than {dataset.path}: prepare both from the same "

@@ -5,20 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vrpo.data.manifest import Manifest
+from vrpo.data.manifest import LatentRecord, Normaliser
 from vrpo.data.transforms import to_float
 from vrpo.randomness import STREAM_LATENTS, step_generator
 
 
 class CleanLatents:
-    """From the stored rows of a batch to its clean latents z0."""
+    """From the stored rows of a batch to its clean latents z0.
 
-    def __init__(self, manifest: Manifest, seed: int, device: torch.device) -> None:
-        self.record, self.seed, self.device = manifest.latents, seed, device
-        if manifest.normaliser is not None:
+    The normaliser is that of the data the trunk is trained on, whatever data the rows are from; None for pixels.
+    """
+
+    def __init__(
+        self, record: LatentRecord | None, normaliser: Normaliser | None, seed: int, device: torch.device
+    ) -> None:
+        self.record, self.seed, self.device = record, seed, device
+        if normaliser is not None:
             self._shift, self._scale = (
-                torch.tensor(values, device=device)[:, None, None]
-                for values in (manifest.normaliser.shift, manifest.normaliser.scale)
+                torch.tensor(values, device=device)[:, None, None] for values in (normaliser.shift, normaliser.scale)
             )
 
     def __call__(

@@ -41,7 +41,10 @@ class Observer:
         self._validation: Validation | None = None
         if parts.held_out is not None:
             depths = getattr(parts.objective, "depths", ())
-            self._validation = Validation(config, parts.held_out, parts.denoising, parts.targets, depths, device, world)
+            normaliser = parts.dataset.manifest.normaliser
+            self._validation = Validation(
+                config, parts.held_out, normaliser, parts.denoising, parts.targets, depths, device, world
+            )
         with world.agreed():
             self.scorer: Work | None = self._build_scorer()
 

@@ -128,7 +128,8 @@ class Trainer:
             latents=None if parts.dataset.latents is None else parts.dataset,
             pixels=parts.dataset.latents is None or bool(parts.targets.encoders),
         )
-        self._clean = CleanLatents(parts.dataset.manifest, config.seed, parts.device)
+        data = parts.dataset
+        self._clean = CleanLatents(data.latents, data.manifest.normaliser, config.seed, parts.device)
         self.observer = Observer(parts, self.ema.network, run, world)
         self._writer = CheckpointWriter(run, train.keep_checkpoints, train.keep_every, world, self.parallel.sharded)
         self._meter, self._by_time = Meter(world), BinnedMean(TIME_BINS, parts.device, world)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vrpo.alignment.objective import AlignmentBatch, Objective, TargetBatch
 from vrpo.config import RunConfig
+from vrpo.data.manifest import Normaliser
 from vrpo.data.shards import ShardedDataset
 from vrpo.diffusion.losses import Denoising
 from vrpo.diffusion.state import State
@@ -31,12 +32,14 @@ class Validation:
         self,
         config: RunConfig,
         dataset: ShardedDataset,
+        normaliser: Normaliser | None,
         denoising: Denoising,
         targets: Targets,
         depths: tuple[int, ...],
         device: torch.device,
         world: World = ALONE,
     ) -> None:
+        """Measure on ``dataset``; its latents, if any, are scaled by the training data's ``normaliser``."""
         self.world = world
         self.config, self.dataset, self.denoising = config, dataset, denoising
         self.targets, self.depths, self.device = targets, depths, device
@@ -44,7 +47,7 @@ class Validation:
             np.linspace(0, len(dataset) - 1, min(config.train.validation_images, len(dataset))).astype(np.int64)
         )
         # Its noise is of another stream's seed than that of training, at every step.
-        self._clean = CleanLatents(dataset.manifest, mix(config.seed, STREAM_VALIDATION) >> 1, device)
+        self._clean = CleanLatents(dataset.latents, normaliser, mix(config.seed, STREAM_VALIDATION) >> 1, device)
         self._dtype = DTYPES[config.train.precision]
         self._kept: dict[int, TargetBatch] = {}
 
