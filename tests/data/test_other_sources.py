@@ -141,6 +141,50 @@ def test_parquet_of_the_hub(files: list[bytes], tmp_path: Path, workers: int) ->
     assert dataset.key(8) == "train-00001-of-00002.parquet/00000001"
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of a hub that is away: what it holds of the set owner/name has been fetched before."""
+    import huggingface_hub
+
+    root = tmp_path / "snapshots" / "0123"
+    root.mkdir(parents=True)
+
+    def download(name: str, *, repo_type: str, allow_patterns: list[str]) -> str:
+        assert (name, repo_type) == ("owner/name", "dataset")
+        assert huggingface_hub.constants.HF_HUB_OFFLINE
+        return str(root)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr("vrpo.vision.hub._reachable", lambda endpoint: False)
+    return root
+
+
+def test_a_split_of_the_hub_is_told_from_others_in_one_snapshot(files: list[bytes], hub: Path, tmp_path: Path) -> None:
+    write_table(hub / "data" / "train-00000-of-00002.parquet", table(files, 0, 4))
+    write_table(hub / "data" / "train-00001-of-00002.parquet", table(files, 4, 8))
+    write_table(hub / "data" / "test-00000-of-00001-0a1b2c.parquet", table(files, 8, 11))
+    write_table(hub / "data" / "mytest-00000-of-00001.parquet", table(files, 11, COUNT))
+    for name, split, rows in (("hf:owner/name", "train", range(8)), ("hf:owner/name/test", "test", range(8, 11))):
+        dataset = make(name, tmp_path / split)
+        assert len(dataset) == len(rows)
+        assert_rows(dataset, files[rows.start :], list(range(len(rows))), [i % 3 for i in rows])
+        assert dataset.manifest.source.name == f"owner/name/{split}"
+
+
+def test_a_split_of_the_hub_that_is_ambiguous_or_incomplete_is_refused(files: list[bytes], hub: Path) -> None:
+    for name in ("hf:owner/name/*", "hf:owner/name/../x", "hf:owner"):
+        with pytest.raises(ConfigError, match="hf:OWNER/NAME"):
+            open_source(name)
+    write_table(hub / "small" / "train-00000-of-00002.parquet", table(files, 0, 4))
+    with pytest.raises(DataError, match="no parquet files of a split 'test'"):
+        open_source("hf:owner/name/test")
+    with pytest.raises(DataError, match="1 files of 2 are here"):
+        open_source("hf:owner/name")
+    write_table(hub / "large" / "train-00000-of-00001.parquet", table(files, 4, 8))
+    with pytest.raises(DataError, match=r"'train' in several folders \(large, small\)"):
+        open_source("hf:owner/name")
+
+
 def test_parquet_that_cannot_be_used_is_one_sentence(files: list[bytes], tmp_path: Path, monkeypatch) -> None:
     plain = write_table(tmp_path / "plain.parquet", table(files, 0, 3, imag=["a", "b", "c"], image=None))
     with pytest.raises(DataError, match=r"has no image column, .*; did you mean 'imag'"):

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, cast
 from vrpo.data.sources import Entry, Source
 from vrpo.errors import ConfigError, DataError, nearest
 from vrpo.untrusted import parse_json
+from vrpo.vision.hub import asking_hub
 
 HUB = "hf:"
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "webp")
@@ -73,14 +74,19 @@ def open_parquet(path: Path) -> Source:
     Keys are FILE/ROW. Raises DataError where there is no image column, where the files' columns differ, or where a
     folder holds several splits.
     """
-    parquet = _pyarrow_parquet()
     paths = [path] if path.is_file() else _files(path)
-    splits = {re.sub(r"-\d+-of-\d+.*$|-\d+$", "", file.stem) for file in paths}
+    splits = {_split_of(file) for file in paths}
     if len(splits) > 1:
         raise DataError(
             f"'{path}' holds several splits ({', '.join(sorted(splits))}): put the files of each into a folder of its "
             "own, and prepare those."
         )
+    return _open_files(path, paths)
+
+
+def _open_files(path: Path, paths: Sequence[Path], name: str | None = None) -> Source:
+    """List the images of parquet files of one kind, which lie at or below ``path``."""
+    parquet = _pyarrow_parquet()
     entries: list[Entry] = []
     names: tuple[str, ...] | None = None
     columns: tuple[str, str | None] | None = None
@@ -108,29 +114,52 @@ def open_parquet(path: Path) -> Source:
                 row += 1
     if not entries or columns is None:
         raise DataError(f"'{path}' holds no rows: give parquet files with images.")
-    return Source("parquet", path, _checked_names(path, entries, names), entries, 0, ParquetOpener(paths, columns[0]))
+    classes = _checked_names(path, entries, names)
+    return Source("parquet", path, classes, entries, 0, ParquetOpener(paths, columns[0]), title=name)
 
 
-def fetch_from_hub(name: str) -> Path:
-    """Download the parquet files of a data set of the hub, ``hf:OWNER/NAME`` or ``hf:OWNER/NAME/SPLIT``.
+def open_from_hub(name: str) -> Source:
+    """Fetch a data set of the hub, ``hf:OWNER/NAME`` or ``hf:OWNER/NAME/SPLIT``, and list its images.
 
-    Raises ConfigError for a name of another form, DataError where it cannot be fetched.
+    The split is ``train`` where none is named. Raises ConfigError for a name of another form, DataError where it cannot
+    be fetched, or where several configurations hold the split.
     """
     parts = name.removeprefix(HUB).split("/")
-    if len(parts) not in (2, 3) or not all(parts):
+    split = parts[2] if len(parts) == 3 else "train"
+    # The names that the hub allows; no wildcard is among them.
+    if len(parts) not in (2, 3) or not all(parts) or not re.fullmatch(r"\w+(\.\w+)*", split):
         raise ConfigError(f"'{name}' names no data set of the hub: write hf:OWNER/NAME or hf:OWNER/NAME/SPLIT.")
     from huggingface_hub import snapshot_download
 
-    split = parts[2] if len(parts) == 3 else "train"
+    repository = "/".join(parts[:2])
+    patterns = [f"{place}{split}{end}" for place in ("", "*/") for end in (".parquet", "-*.parquet")]
     try:
-        folder = snapshot_download("/".join(parts[:2]), repo_type="dataset", allow_patterns=[f"*{split}*.parquet"])
+        with asking_hub(name):
+            root = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # the hub's client raises errors of many libraries
         said = " ".join(str(error).split())[:200].rstrip(".")
         raise DataError(f"'{name}' cannot be fetched ({said}): check the name and the network.") from error
-    files = sorted(Path(folder).rglob(f"*{split}*.parquet"))
+    # All that was ever fetched of a revision lies in one folder, other splits too.
+    files = sorted((file for file in root.rglob("*.parquet") if _split_of(file) == split), key=lambda file: file.name)
     if not files:
         raise DataError(f"'{name}' has no parquet files of a split '{split}': name another split.")
-    return files[0].parent
+    folders = sorted({file.parent.relative_to(root).as_posix() for file in files})
+    if len(folders) > 1:
+        raise DataError(
+            f"'{name}' has a split '{split}' in several folders ({', '.join(folders)}): fetch the files of one with "
+            "'hf download', and prepare their folder."
+        )
+    told = re.search(r"-\d+-of-(\d+)", files[0].stem)
+    if told is not None and len(files) != int(told[1]):
+        raise DataError(
+            f"of '{name}' {len(files)} files of {int(told[1])} are here: repeat with the network, to fetch the others."
+        )
+    return _open_files(files[0].parent, files, f"{repository}/{split}")
+
+
+def _split_of(file: Path) -> str:
+    """Return a file's name without what numbers it among those of its split."""
+    return re.sub(r"-\d+-of-\d+.*$|-\d+$", "", file.stem)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -82,7 +82,8 @@ class StoredLatents:
 class Source:
     """The images of ``path`` in byte-wise order of their keys.
 
-    ``class_names`` is empty where the images carry no labels; ``ignored`` counts files that are not images.
+    ``class_names`` is empty where the images carry no labels; ``ignored`` counts files that are not images. ``title``
+    is its name where the path does not tell it.
     """
 
     kind: str
@@ -92,11 +93,12 @@ class Source:
     ignored: int
     opener: Opener
     latents: StoredLatents | None = None
+    title: str | None = None
 
     @property
     def name(self) -> str:
-        """The last part of the path: what a manifest may say about where the data came from."""
-        return self.path.name
+        """The title or the last part of the path: what a manifest may say about where the data came from."""
+        return self.title or self.path.name
 
     def open(self, entry: Entry) -> BinaryIO:
         """Return the encoded image of ``entry`` as a binary stream."""
@@ -121,9 +123,9 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     counted. Raises DataError where there is nothing to read or the layout is ambiguous.
     """
     if os.fspath(path).startswith("hf:"):
-        from vrpo.data.parquet_source import fetch_from_hub, open_parquet
+        from vrpo.data.parquet_source import open_from_hub
 
-        return open_parquet(fetch_from_hub(os.fspath(path)))
+        return open_from_hub(os.fspath(path))
     location = Path(path).expanduser()
     if not location.exists():
         raise DataError(f"there is no '{location}': name a folder or a zip archive of images.")
