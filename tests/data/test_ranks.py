@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from vrpo.data.prepare import prepare
+from vrpo.data.sources import Entry
+from vrpo.data.workers import worker_count
 
 SCRIPT = """
 import sys
@@ -47,3 +49,14 @@ def test_two_processes_go_on_to_the_bytes_of_one(write_tree, image_files, tmp_pa
     assert (out / "shard-00000.safetensors").stat().st_mtime_ns == first
     alone = {file.name: file.read_bytes() for file in (tmp_path / "alone").iterdir()}
     assert {file.name: file.read_bytes() for file in out.iterdir()} == alone
+
+
+def test_processes_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
+    large = [Entry("a.png", None, 1 << 30, "a.png")]
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert worker_count(None, large) == 12
+    for processes, workers in ((4, 3), (8, 1), (16, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert worker_count(None, large) == workers
+    assert worker_count(5, large) == 5

@@ -116,7 +116,8 @@ def prepare(
     A shard holds at most ``shard_bytes`` of rows. ``flip`` tells readers to mirror at random; latents of mirror images
     are then stored too. ``workers`` processes decode (default: one per core; 1 decodes in this process). ``progress``
     is a bar on ``console``, or a function of images done and in all. An interrupted call is continued by the same
-    call, and a finished one does nothing. Under ``torchrun`` the processes share the shards.
+    call, and a finished one does nothing. Under ``torchrun`` the processes share the shards, and those of a machine
+    its cores.
 
     Raises DataError where the source holds nothing readable, where ``out`` holds anything else, at the first
     unreadable image with ``on_bad_image="fail"``, and where the disk is full; finished shards stay valid. Raises

@@ -121,12 +121,16 @@ def decode_in_order(opener: Opener, tasks: Sequence[Sequence[Entry]], work: Work
 
 
 def worker_count(workers: int | None, remaining: Sequence[Entry]) -> int:
-    """Return ``workers``, or one per core, but one where a few small images are not worth a process."""
+    """Return ``workers``, or one per core, but one where a few small images are not worth a process.
+
+    The processes that ``torchrun`` starts on a machine share its cores.
+    """
     if workers is not None:
         return max(1, workers)
     if sum(entry.size for entry in remaining) < _SMALL_SOURCE:
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _decode_by_processes(
