@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from vrpo.data.shards import ShardedDataset
+from vrpo.data.sources import Entry, Source
+from vrpo.data.transforms import decode_whole
 from vrpo.errors import DataError, EvaluationError
 from vrpo.evaluation import reference as module
 from vrpo.evaluation.features import extract_features
@@ -183,6 +186,43 @@ def test_statistics_of_an_unknown_network_are_refused(tmp_path: Path, network) -
         load_reference(tmp_path / "adm.npz", network)
 
 
+def test_large_images_come_in_smaller_batches(
+    tmp_path: Path, dataset: ShardedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory holds a bounded number of pixels, however many images of whatever size are asked for at once."""
+    images = draw_images(10)
+    folder = write_folder(tmp_path / "images", images)
+    np.savez(tmp_path / "images.npz", images.permute(0, 2, 3, 1).numpy())
+    for limit, largest in ((4 * 192, 4), (191, 1)):
+        monkeypatch.setattr("vrpo.evaluation.images._BATCH_BYTES", limit)
+        for source in (folder, tmp_path / "images.npz"):
+            batches = list(open_images(source).batches(64))
+            assert max(map(len, batches)) == largest
+            assert torch.equal(torch.cat(batches), images)
+        assert max(map(len, open_images(dataset).batches(64))) == largest
+
+
+def test_few_files_are_held_beside_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files may be much larger than their pixels, so they are read as decoding goes on."""
+    read, decoded = [], []
+    folder = write_folder(tmp_path / "images", draw_images(40))
+
+    def decode(content: bytes) -> np.ndarray:
+        decoded.append(len(read) - len(decoded))
+        return decode_whole(content)
+
+    def contents(source: Source, entries: Sequence[Entry]) -> Iterator[bytes]:
+        for entry in entries:
+            read.append(entry.key)
+            with source.open(entry) as stream:
+                yield stream.read()
+
+    monkeypatch.setattr("vrpo.evaluation.images.decode_whole", decode)
+    monkeypatch.setattr("vrpo.evaluation.images._contents", contents)
+    assert [len(batch) for batch in open_images(folder).batches(32)] == [32, 8]
+    assert max(decoded) < 12
+
+
 def test_nan_features_are_refused(network) -> None:
     network.pooled = lambda images: torch.full((len(images), 4), torch.nan)
 
@@ -193,8 +233,17 @@ def test_nan_features_are_refused(network) -> None:
 def test_mixed_sizes_are_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "mixed", draw_images(5))
     Image.new("RGB", (9, 7)).save(folder / "0003.png")
+    # The header tells: of such an image nothing is decoded.
+    (folder / "0003.png").write_bytes((folder / "0003.png").read_bytes()[:45])
 
     with pytest.raises(EvaluationError, match=r"'mixed' mixes image sizes: '0003\.png' has 9x7 pixels .* 8x8"):
+        read_all(folder, 2)
+
+
+def test_images_that_are_too_large_are_refused_by_the_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vrpo.evaluation.images._MAX_BYTES", 3 * 64 * 63)
+    folder = write_folder(tmp_path / "images", torch.zeros(3, 3, 64, 64, dtype=torch.uint8))
+    with pytest.raises(EvaluationError, match=r"Image '0000\.png' has 64x64 pixels, which exceed the limit of 4,032"):
         read_all(folder, 2)
 
 

@@ -46,7 +46,7 @@ class Prepare:
     on_bad_image: Literal["skip", "fail"] = "skip"
     """What to do with a file that cannot be read."""
     workers: Positive | None = None
-    """Decoding processes; default one a core. Under torchrun each process has so many, by default a share of the cores."""
+    """Decoding processes, of each process under torchrun; default one a core, or its share of the cores."""
     shard_mb: Positive = 256
     """Largest size of one shard, in MiB of pixels and latents."""
     max_pixels: Annotated[Count, Field(gt=0)] = 178_000_000

@@ -53,6 +53,12 @@ def decode_whole(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]
         return np.asarray(_to_rgb(image))
 
 
+def image_size(data: bytes) -> tuple[int, int]:
+    """Return an image's width and height from its header; errors are those of ``decode``."""
+    with _opened(data) as image:
+        return image.size
+
+
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
     """Open an image of a known format; whatever decoding raises becomes a DataError."""

@@ -7,10 +7,13 @@ import math
 import os
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from vrpo.data.manifest import MANIFEST
 from vrpo.data.shards import ShardedDataset
+from vrpo.data.transforms import decode_whole, image_size
 from vrpo.errors import DataError, EvaluationError
 from vrpo.evaluation.npz import npz_members, open_array
 
@@ -28,14 +32,17 @@ if TYPE_CHECKING:
     from vrpo.data.sources import Entry, Source
 
 _DECODERS = 4
-# The largest image that is read, encoded or, in an npz, as pixels: 64 megapixels of RGB.
+# The largest image that is read, encoded or as pixels: 64 megapixels of RGB.
 _MAX_BYTES = 192 << 20
+# The pixels of a batch: 64 images of 1,024 px, and fewer of larger ones.
+_BATCH_BYTES = 192 << 20
 
 
 @dataclass(frozen=True)
 class ImageSet:
     """Images to be scored: ``batches(size)`` yields uint8 (B, 3, H, W) in a fixed order, ``count`` in all.
 
+    A batch has at most ``size`` images, and fewer where they are so large that memory would not hold as many.
     ``identify`` returns text that changes whenever the images do, asked of reference images only; ``folder``
     is where their features may be kept, if anywhere.
     """
@@ -115,8 +122,14 @@ def _beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.features")
 
 
+def _fitting(size: int, image_bytes: int) -> int:
+    """Return how many of ``size`` images a batch may hold."""
+    return max(1, min(size, _BATCH_BYTES // image_bytes))
+
+
 def _from_dataset(dataset: ShardedDataset) -> ImageSet:
     def batches(size: int) -> Iterator[Tensor]:
+        size = _fitting(size, 3 * dataset.image_size**2)
         for start in range(0, len(dataset), size):
             yield dataset.read(np.arange(start, min(start + size, len(dataset))))[0]
 
@@ -135,20 +148,20 @@ def _from_source(source: Source) -> ImageSet:
         return digest.hexdigest()
 
     def batches(size: int) -> Iterator[Tensor]:
-        shape: tuple[int, ...] | None = None
-        with ThreadPoolExecutor(_DECODERS) as pool:
-            for start in range(0, len(source.entries), size):
-                entries = source.entries[start : start + size]
-                decoded = list(pool.map(_decode, _contents(source, entries), (entry.key for entry in entries)))
-                shape = shape or decoded[0].shape
-                for entry, image in zip(entries, decoded, strict=True):
-                    if image.shape != shape:
-                        raise EvaluationError(
-                            f"'{source.name}' mixes image sizes: '{entry.key}' has "
-                            f"{image.shape[1]}x{image.shape[0]} pixels where the first image has "
-                            f"{shape[1]}x{shape[0]}; bring all to one size with 'vrpo prepare'."
-                        )
-                yield torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).contiguous()
+        first = source.entries[0]
+        width, height = _header_size(next(_contents(source, [first])), first.key)
+        if 3 * width * height > _MAX_BYTES:
+            raise EvaluationError(
+                f"Image '{first.key}' has {width}x{height} pixels, which exceed the limit of {_MAX_BYTES // 3:,}; give "
+                "smaller ones."
+            )
+        size = _fitting(size, 3 * width * height)
+        images = _decoded(source, (width, height))
+        for start in range(0, len(source.entries), size):
+            batch = np.empty((min(size, len(source.entries) - start), 3, height, width), np.uint8)
+            for place, image in enumerate(islice(images, len(batch))):
+                batch[place] = image.transpose(2, 0, 1)
+            yield torch.from_numpy(batch)
 
     return ImageSet(source.name, len(source.entries), batches, identify, _beside(source.path))
 
@@ -165,11 +178,38 @@ def _contents(source: Source, entries: Sequence[Entry]) -> Iterator[bytes]:
         yield content
 
 
-def _decode(content: bytes, key: str) -> NDArray[np.uint8]:
-    from vrpo.data.transforms import decode_whole
+def _decoded(source: Source, size: tuple[int, int]) -> Iterator[NDArray[np.uint8]]:
+    """Decode the images of a source, all of one width and height, (H, W, 3) each; few are in memory at a time."""
 
+    def decode(content: bytes, key: str) -> NDArray[np.uint8]:
+        width, height = _header_size(content, key)
+        if (width, height) != size:
+            raise EvaluationError(
+                f"'{source.name}' mixes image sizes: '{key}' has {width}x{height} pixels where the first image has "
+                f"{size[0]}x{size[1]}; bring all to one size with 'vrpo prepare'."
+            )
+        with _decoding(key):
+            return decode_whole(content)
+
+    pending: deque[Future[NDArray[np.uint8]]] = deque()
+    with ThreadPoolExecutor(_DECODERS) as pool:
+        for entry, content in zip(source.entries, _contents(source, source.entries), strict=True):
+            pending.append(pool.submit(decode, content, entry.key))
+            if len(pending) > _DECODERS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _header_size(content: bytes, key: str) -> tuple[int, int]:
+    with _decoding(key):
+        return image_size(content)
+
+
+@contextmanager
+def _decoding(key: str) -> Iterator[None]:
     try:
-        return decode_whole(content)
+        yield
     except DataError as error:
         raise EvaluationError(f"Image '{key}' cannot be decoded ({error}); replace it or remove it.") from error
 
@@ -195,6 +235,7 @@ def _from_npz(path: Path) -> ImageSet:
         raise EvaluationError(f"'arr_0' of {path} has images of {shape[2]}x{shape[1]} pixels; give smaller ones.")
 
     def batches(size: int) -> Iterator[Tensor]:
+        size = _fitting(size, image_bytes)
         with zipfile.ZipFile(path) as archive, open_array(archive, "arr_0", path) as (stream, *_):
             for start in range(0, shape[0], size):
                 count = min(size, shape[0] - start)
@@ -203,7 +244,7 @@ def _from_npz(path: Path) -> ImageSet:
                     pixels = np.frombuffer(content, dtype=np.uint8).reshape(count, *shape[1:])
                 except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
                     raise EvaluationError(f"{path} is damaged ({error}); write it again.") from error
-                yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).contiguous()
+                yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
     fingerprint = hashlib.sha256(repr(("npz", shape, checksum)).encode()).hexdigest()
     return ImageSet(path.name, shape[0], batches, lambda: fingerprint, _beside(path))
