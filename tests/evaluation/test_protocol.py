@@ -132,6 +132,10 @@ def test_sampling_record_is_read_from_folder_and_npz(tmp_path: Path) -> None:
         fields = sampling_record(source)
         assert fields == {"sampler": "sde", "steps": 250, "guidance_interval": (0.0, 0.7), "weights": "ema"}
         assert replace(PROTOCOL, **fields).line().count("sde, 250 steps") == 1
+    # One that names hundreds of classes.
+    long = {**record, "label_policy": " and ".join(f"class number {i}" for i in range(2_000))}
+    np.savez(tmp_path / "long.npz", sampling=np.array(json.dumps(long)))
+    assert sampling_record(tmp_path / "long.npz")["label_policy"] == long["label_policy"]
     assert sampling_record(tmp_path / "plain.npz") == {}
     for text in ("{", '{"steps": "many"}', "[]"):
         (tmp_path / "sampling.json").write_text(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 import io
+import math
 import os
 import pickle
 import re
@@ -12,6 +13,7 @@ import shutil
 import socket
 import struct
 import time
+import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -29,6 +31,7 @@ from vrpo.data.transforms import decode
 from vrpo.errors import CheckpointError, DataError, EvaluationError
 from vrpo.evaluation.frechet import FeatureStatistics
 from vrpo.evaluation.images import open_images
+from vrpo.evaluation.npz import read_arrays
 from vrpo.models.weights import read_tensors
 from vrpo.runs import Run
 from vrpo.vision.weight_files import read_weights
@@ -143,14 +146,30 @@ def test_an_npz_bomb_is_refused_by_its_header(shape: tuple[int, ...], tmp_path: 
         next(open_images(tmp_path / "bomb.npz").batches(64))
 
 
-def test_statistics_of_a_large_claim_take_no_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sigma", "shape", "honest"),
+    [("<f8", (10**6, 10**6), False), ("<f8", (8, 10**6), True), ("<U100", (400, 400), True), ("<U", (), True)],
+)
+def test_statistics_of_a_large_claim_take_no_memory(
+    sigma: str, shape: tuple[int, ...], honest: bool, tmp_path: Path
+) -> None:
+    """Shape and type are told by the header: what is too large or no number is not unpacked, even if all is there."""
+    width = np.dtype("<U16000000" if sigma == "<U" else sigma)
+    size = math.prod(shape) * width.itemsize if honest else 8 * 10**6
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, shape in (("mu", (10**6,)), ("sigma", (10**6, 10**6))):
+        for name, kind, axes, zeros in (("mu", "<f8", (8,), 64), ("sigma", width.str, shape, size)):
             header = io.BytesIO()
-            np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": shape})
-            archive.writestr(f"{name}.npy", header.getvalue() + bytes(8 * 10**6))
-    with pytest.raises(EvaluationError):
-        FeatureStatistics.load(tmp_path / "bomb.npz")
+            np.lib.format.write_array_header_1_0(header, {"descr": kind, "fortran_order": False, "shape": axes})
+            archive.writestr(f"{name}.npy", header.getvalue() + bytes(zeros))
+    tracemalloc.start()
+    try:
+        with pytest.raises(EvaluationError):
+            FeatureStatistics.load(tmp_path / "bomb.npz")
+        with pytest.raises(EvaluationError):
+            read_arrays(tmp_path / "bomb.npz", {"sigma": ()})
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_zip_member_cannot_name_a_place_outside(tmp_path: Path) -> None:

@@ -16,9 +16,11 @@ from vrpo.errors import EvaluationError
 
 Limit = tuple[int, ...]
 
-# Numbers and text; objects would be pickles.
-_KINDS = "biufU"
-_MAX_ITEM = 16_384
+# Numbers of at most eight bytes. Objects would be pickles.
+_KINDS = "biuf"
+_MAX_NUMBER = 8
+# Text of a single item, such as a record of how images were drawn, at four bytes a character.
+_MAX_TEXT = 4 << 20
 
 
 def npz_members(path: Path) -> dict[str, int]:
@@ -33,7 +35,8 @@ def npz_members(path: Path) -> dict[str, int]:
 def read_arrays(path: Path, limits: Mapping[str, Limit]) -> dict[str, NDArray[Any]]:
     """Return the arrays named in ``limits`` that are there, each of as many axes as its limit and none longer.
 
-    Raises EvaluationError where the file or one of these arrays is damaged, of another type, or too large.
+    An array is of numbers, or of no axes and text. Raises EvaluationError where the file or one of these arrays is
+    damaged, of another type, or too large.
     """
     arrays = {}
     with _reading(path), zipfile.ZipFile(path) as archive:
@@ -67,7 +70,8 @@ def open_array(
             version = np.lib.format.read_magic(stream)
             reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran_order, dtype = reader(stream)
-            if dtype.kind not in _KINDS or dtype.itemsize > _MAX_ITEM:
+            text = dtype.kind == "U" and shape == () and dtype.itemsize <= _MAX_TEXT
+            if not text and (dtype.kind not in _KINDS or dtype.itemsize > _MAX_NUMBER):
                 raise EvaluationError(f"'{name}' of {path} is {dtype} of shape {shape}; save plain numbers.")
             if min(shape, default=0) < 0 or stream.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
                 raise EvaluationError(
