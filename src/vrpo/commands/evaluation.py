@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vrpo.evaluation.evaluate import EvaluationResult
     from vrpo.evaluation.features import FeatureNetwork
     from vrpo.evaluation.images import ImageSet
+    from vrpo.evaluation.protocol import SamplingFields
     from vrpo.evaluation.reference import Reference
     from vrpo.sampling import RunSampler
 
@@ -106,76 +107,99 @@ def evaluate(words: list[str]) -> int:
     metrics = chosen_metrics(options.metrics, network)
     # Everything that can be refused is asked for before any image is drawn, which may take hours.
     _check_count(options.samples, metrics)
-    subjects = [_Subject.open(source, options, device) for source in options.sources]
+    subjects = [_Subject.find(source, options) for source in options.sources]
+    sampler: RunSampler | None = None
+    # Every run is loaded to see that it can be, and again in its turn: memory holds one network at a time.
+    for subject in subjects:
+        sampler = None
+        sampler = subject.sampler(options, device)
     reference = load_reference(options.reference, network, progress=sys.stderr.isatty())
     check_reference(reference, metrics)
     results: dict[str, EvaluationResult] = {}
     records = []
-    for subject in subjects:
-        result = subject.score(reference, network, metrics, options)
-        results[str(subject.source)] = result
-        records.append(result.record(source=str(subject.source), **subject.about))
-        if options.out is None and subject.run is not None and subject.folder is not None:
-            out = subject.folder / _file_name(subject.run.loaded.step, options.judge.features, result)
-            result.save(out, **subject.about)
-            print(f"Written: {out}")
-    Console().print(results_table(results) if len(results) > 1 else next(iter(results.values())).table())
-    if options.out is not None:
-        write_json(options.out, records[0] if len(records) == 1 else {"evaluations": records})
-        print(f"Written: {options.out}")
+    try:
+        for subject in subjects:
+            if len(subjects) > 1:
+                sampler = None
+                sampler = subject.sampler(options, device)
+            result = subject.score(sampler, reference, network, metrics, options)
+            about = {} if sampler is None else {"step": sampler.loaded.step, "images": sampler.loaded.images}
+            results[str(subject.source)] = result
+            records.append(result.record(source=str(subject.source), **about))
+            if options.out is not None:
+                write_json(options.out, records[0] if len(subjects) == 1 else {"evaluations": records})
+                print(f"Written: {options.out}")
+            elif sampler is not None and subject.run is not None:
+                out = subject.run / "evaluations" / _file_name(sampler.loaded.step, options.judge.features, result)
+                result.save(out, **about)
+                print(f"Written: {out}")
+    finally:  # what is scored is told, whatever stops the next
+        if results:
+            Console().print(results_table(results) if len(results) > 1 else next(iter(results.values())).table())
     return 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Subject:
-    """Something to score, opened: images, or a run that draws them."""
+    """Something to score: images with the record of how they were drawn, or the folder of a run that draws them."""
 
     source: Path
-    run: RunSampler | None = None
-    folder: Path | None = None
+    run: Path | None = None
+    images: ImageSet | None = None
+    record: SamplingFields | None = None
 
     @classmethod
-    def open(cls, source: Path, options: Evaluate, device: torch.device) -> _Subject:
-        from vrpo.sampling import RunSampler
-
-        folder = next((path for path in (source, source.parent.parent) if (path / "config.yaml").is_file()), None)
-        if folder is None or (folder != source and not (source / "state.json").is_file()):
-            return cls(source)
-        drawing = options.drawing
-        sampler = RunSampler(source, drawing.settings(), drawing.weights, device, drawing.compile, drawing.selection())
-        if options.out is None:
-            check_output(folder / "evaluations", folder=True)
-        return cls(source, sampler, folder / "evaluations")
-
-    @property
-    def about(self) -> dict[str, int]:
-        """How far the run was trained."""
-        return {} if self.run is None else {"step": self.run.loaded.step, "images": self.run.loaded.images}
-
-    def score(
-        self, reference: Reference, network: FeatureNetwork, metrics: tuple[str, ...], options: Evaluate
-    ) -> EvaluationResult:
-        from vrpo.display import TrainingDisplay
-        from vrpo.evaluation.evaluate import evaluate_images
+    def find(cls, source: Path, options: Evaluate) -> _Subject:
+        """Tell what ``source`` is; raises where images cannot be listed, or a run's results not be written."""
         from vrpo.evaluation.images import first_images, open_images
         from vrpo.evaluation.protocol import sampling_record
 
-        if self.run is None:
-            images = open_images(self.source)
+        run = next((path for path in (source, source.parent.parent) if (path / "config.yaml").is_file()), None)
+        if run is None or (run != source and not (source / "state.json").is_file()):
+            images = open_images(source)
             if options.samples is not None:
                 images = first_images(images, options.samples)
+            return cls(source, images=images, record=sampling_record(source))
+        if options.out is None:
+            check_output(run / "evaluations", folder=True)
+        return cls(source, run)
+
+    def sampler(self, options: Evaluate, device: torch.device) -> RunSampler | None:
+        """Load the run; None for images."""
+        from vrpo.sampling import RunSampler
+
+        if self.run is None:
+            return None
+        drawing = options.drawing
+        return RunSampler(
+            self.source, drawing.settings(), drawing.weights, device, drawing.compile, drawing.selection()
+        )
+
+    def score(
+        self,
+        sampler: RunSampler | None,
+        reference: Reference,
+        network: FeatureNetwork,
+        metrics: tuple[str, ...],
+        options: Evaluate,
+    ) -> EvaluationResult:
+        from vrpo.display import TrainingDisplay
+        from vrpo.evaluation.evaluate import evaluate_images
+
+        if sampler is None:
+            assert self.images is not None
             return evaluate_images(
-                images,
+                self.images,
                 reference,
                 network,
                 metrics=metrics,
-                protocol_fields=dict(sampling_record(self.source)),
+                protocol_fields=dict(self.record or {}),
                 progress=sys.stderr.isatty(),
             )
         drawing = options.drawing
         with TrainingDisplay() as display:
-            drawn = _drawn(self.run, self.source.name, options.samples or SAMPLES, drawing, display.progress)
-            fields = self.run.protocol(drawing.labels, drawing.seed)
+            drawn = _drawn(sampler, self.source.name, options.samples or SAMPLES, drawing, display.progress)
+            fields = sampler.protocol(drawing.labels, drawing.seed)
             return evaluate_images(drawn, reference, network, metrics=metrics, protocol_fields=fields)
 
 
