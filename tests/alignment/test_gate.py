@@ -64,3 +64,15 @@ def test_reports_cover_the_steps_since_the_last_and_no_others() -> None:
     means.observe({"a": torch.full((2,), 7.0)}, bins)
     means.update()
     assert pooled(*means.take()["a"]) == 7
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_counts_nowhere(bad: float) -> None:
+    means = RunningMeans(["a", "b"], 3)
+    bins = torch.tensor([0, 1, 1])
+    values = torch.tensor([[2.0, 4.0], [bad, 6.0], [8.0, bad]])
+    means.observe({"a": values, "b": (values, torch.tensor([[True, True], [True, False], [True, False]]))}, bins)
+    sums, counts = means.update()
+    assert sums.tolist() == [[6, 14, 0], [6, 8, 0]]
+    assert counts.tolist() == [[2, 2, 0], [2, 1, 0]]
+    assert means.means("a").tolist() == [3, 7, 5]

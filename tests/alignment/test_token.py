@@ -213,6 +213,20 @@ def test_weights_are_the_formula() -> None:
     )
 
 
+def test_one_loss_that_is_not_finite_leaves_the_policy_on() -> None:
+    objective = WithToken(Objective(), TokenConfig(tau=0.5))
+    time = torch.tensor([0.05, 0.05, 0.95, 0.95])
+    good, bad = torch.tensor([1.0, 2.0, 3.0, 1.0]), torch.tensor([torch.nan, 2.0, 3.0, 1.0])
+    batch = AlignmentBatch((), time, time, None, 0, 1, 1.0, noisings=2)
+    for losses in (good, bad):
+        objective.taps(batch)
+        objective.token_loss(losses, torch.ones(4))
+        objective.update()
+    weights = objective._weights(good, 0.5)
+    assert weights[0] > 1 > weights[1]
+    assert weights[3] > 1 > weights[2]
+
+
 @pytest.mark.parametrize("pairing", ["time", "noise"])
 def test_paired_noisings_share_what_they_say(pairing: Any) -> None:
     draws = draw_step(

@@ -45,7 +45,10 @@ class RunningMeans(nn.Module):
         self._report: Tensor | None = None
 
     def observe(self, values: Mapping[str, Observation], time_bin: Tensor) -> None:
-        """Add values (B, N) or (B,), each alone or with a mask of those that count, at bins (B,)."""
+        """Add values (B, N) or (B,), each alone or with a mask of those that count, at bins (B,).
+
+        What is not finite never counts: one such number would stay in the decayed sums of all bins for good.
+        """
         sums, counts = [], []
         zero = torch.zeros(len(time_bin), device=time_bin.device)
         for name in self.names:
@@ -56,13 +59,11 @@ class RunningMeans(nn.Module):
                 continue
             numbers, mask = value if isinstance(value, tuple) else (value, None)
             numbers = numbers.float().reshape(len(time_bin), -1)
-            if mask is None:
-                sums.append(numbers.sum(1))
-                counts.append(zero + numbers.shape[1])
-            else:
-                mask = mask.reshape(len(time_bin), -1)
-                sums.append(torch.where(mask, numbers, 0.0).sum(1))
-                counts.append(mask.sum(1, dtype=torch.float32))
+            counted = numbers.isfinite()
+            if mask is not None:
+                counted &= mask.reshape(len(time_bin), -1)
+            sums.append(torch.where(counted, numbers, 0.0).sum(1))
+            counts.append(counted.sum(1, dtype=torch.float32))
         rows = torch.stack(sums + counts)
         place = torch.zeros(len(time_bin), self.bins, device=rows.device)
         place.scatter_(1, time_bin.unsqueeze(1), 1.0)

@@ -288,19 +288,18 @@ class PolicyHead(nn.Module):
 
     @staticmethod
     def _note(name: str, score: Tensor, size: Tensor, usable: Tensor, seen: dict[str, Observation]) -> None:
-        seen[f"{name}/reward"] = (score, usable & score.isfinite())
+        seen[f"{name}/reward"] = (score, usable)
         # A token without any preference, such as all of them under a zero output layer, says nothing of the
         # size.
-        seen[f"{name}/size"] = (size, usable & (size > 0))
+        seen[f"{name}/size"] = (size, size > 0)
         seen[f"{name}/dropped"] = (~usable).float()
 
 
-def agreement(u: Tensor, y: Tensor, q: Tensor) -> Observation:
-    """Return ``cos(T y, T q)`` (B, N) for ``q`` tangent at ``u``, and where it is defined."""
+def agreement(u: Tensor, y: Tensor, q: Tensor) -> Tensor:
+    """Return ``cos(T y, T q)`` (B, N) for ``q`` tangent at ``u``, not finite where either has no length."""
     across = 1 - (y * u).sum(-1).square()
     length = across.clamp_min(0).sqrt() * torch.linalg.vector_norm(q, dim=-1)
-    cosine = (y * q).sum(-1) / length
-    return cosine, cosine.isfinite() & (length > 0)
+    return (y * q).sum(-1) / length
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:

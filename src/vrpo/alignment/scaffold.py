@@ -146,8 +146,8 @@ class WithScaffold(Wrapper):
         swap = partial(self._swap, step.batch, rows, own)
         again = rerun(rows, Taps(attention={self.depth: swap}))
         advantage = torch.where(own > 0, losses[rows] - again, again - losses[rows])
-        seen = {"advantage": (advantage, advantage.isfinite() & counted)}
-        self.statistics.observe(seen, step.time_bin[rows])
+        if counted:
+            self.statistics.observe({"advantage": advantage}, step.time_bin[rows])
 
     def logs(self) -> dict[str, Tensor]:
         """Return the inner objective's logs and, by time bin: the encoder's advantage and its growth at the last look,
