@@ -89,6 +89,25 @@ def test_processes_train_as_one(
     assert len(records(folder, "samples")) == 3
 
 
+@pytest.mark.parametrize("objective", ["none", "repa"])
+def test_processes_that_compare_no_image_report_with_those_that_do(
+    objective: str, team: Team, make_config: Any, tmp_path: Path
+) -> None:
+    network = {"kind": "encoder", "network": "resnet10t", "network_weights": "random", "feature": 1, "input_size": 32}
+    align = {
+        "objective": objective,
+        "perceptual_image": {**network, "start": 0.5, "max_time": 0.8, "fraction": 0.5, "weight": {"0": 1.0}},
+    }
+    config = make_config(align=align, train={"images": 24, "batch_size": 2, "log_every": 2, "micro_batch": 1})
+    alone(config, tmp_path / "one")
+    team.run(2, team_module.train, config.model_dump(mode="json"), tmp_path / "two")
+    assert_same_curve(tmp_path / "one", tmp_path / "two")
+    found = [record.get("objective/image_distance") for record in records(tmp_path / "two")]
+    assert found[:6] == [None] * 6
+    assert None in found[6:], "a step compares nothing"
+    assert sum(value is not None for value in found) >= 2
+
+
 Station = tuple[int, str, int | None]
 """How many processes, how they share the weights, and up to how many images."""
 

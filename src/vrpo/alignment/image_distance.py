@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import isqrt
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from vrpo.alignment.objective import AlignmentBatch, Objective, Wrapper
@@ -84,8 +85,8 @@ class WithImageDistance(Wrapper):
         self.weight = Schedule(config.weight, f"{FIELD}.weight")
         self._distance = (distance,)
         self._choice: _Choice | None = None
-        self._sum: Tensor | None = None
-        self._count = 0
+        # Sum of the distances and their number since the last report: (2,); None while nothing is to be compared.
+        self._seen: Tensor | None = None
 
     def taps(self, batch: AlignmentBatch) -> Taps:
         """Return the objective's taps, and choose the images to compare."""
@@ -94,6 +95,9 @@ class WithImageDistance(Wrapper):
         if weight and batch.images_seen >= self.config.start * batch.budget:
             mask = choose(batch.time, batch.images_seen, self.config.max_time, self.config.fraction)
             self._choice = _Choice.of(batch, weight, mask)
+            # Whatever images are chosen: the step decides, so all processes will have something to report, or none.
+            if self._seen is None:
+                self._seen = torch.zeros(2, device=batch.time.device)
         return self.objective.taps(batch)
 
     def loss(self, predict_clean: Callable[[], Tensor]) -> Tensor | None:
@@ -110,17 +114,21 @@ class WithImageDistance(Wrapper):
             return total
         (distance,) = self._distance
         distances = distance(predict_clean().index_select(0, rows), clean.index_select(0, rows))
-        seen = distances.detach().sum()
-        self._sum = seen if self._sum is None else self._sum + seen
-        self._count += len(rows)
+        assert self._seen is not None
+        self._seen[0] += distances.detach().sum()
+        self._seen[1] += len(rows)
         return total + choice.weight * distances.sum() / len(clean)
 
     def logs(self) -> dict[str, Tensor]:
-        """Return the objective's logs and the mean distance of the images compared since the last call, if any."""
+        """Return the objective's logs and, once it has begun, the mean distance of the images that all processes
+        compared since the last call; not a number where there were none. All processes ask together.
+        """
         logs = self.objective.logs()
-        if self._sum is not None:
-            logs["image_distance"] = self._sum / self._count
-        self._sum, self._count = None, 0
+        seen, self._seen = self._seen, None
+        if seen is not None:
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(seen)
+            logs["image_distance"] = seen[0] / seen[1]
         return logs
 
 
