@@ -72,6 +72,34 @@ def test_the_sentence_names_term_sample_step_and_checkpoint(make_config: Any, tm
     assert "--resume --rewind 56" in sentence
 
 
+def test_a_span_is_told_from_its_first_step_however_rarely_records_come(make_config: Any, tmp_path: Path) -> None:
+    rarely = {"train": STEPS["train"] | {"log_every": 64}}
+    run = trainer(make_config(**rarely), tmp_path / "run")
+    (key,) = spoil(run, range(7, 20), row=5)
+    with pytest.raises(NonFiniteError) as caught:
+        run.train()
+    sentence = str(caught.value)
+    assert f"the denoising loss was not finite in the last 9 steps, first in step 8 on '{key}';" in sentence
+    assert "last good checkpoint is step-00000006" in sentence
+    assert "--resume --rewind 56" in sentence
+
+
+def test_a_span_that_began_before_a_resume_is_told_as_such(make_config: Any, tmp_path: Path) -> None:
+    rarely = {"train": STEPS["train"] | {"log_every": 64}}
+    config = make_config(**rarely)
+    run = trainer(config.model_copy(update={"train": config.train.model_copy(update={"images": 72})}), tmp_path / "run")
+    spoil(run, range(7, 20), row=5)
+    run.train()
+    again = trainer(config, tmp_path / "run", resume=True)
+    spoil(again, range(7, 20), row=5)
+    with pytest.raises(NonFiniteError) as caught:
+        again.train()
+    sentence = str(caught.value)
+    assert "in the last 9 steps, first in step 8 before the run was resumed (on which samples is not known);" in sentence
+    assert "last good checkpoint is step-00000006" in sentence
+    assert "--resume --rewind 56" in sentence
+
+
 def test_a_gradient_is_told_from_a_loss(make_config: Any, tmp_path: Path) -> None:
     run = trainer(make_config(**STEPS), tmp_path / "run")
     spoil(run, range(20), row=None)

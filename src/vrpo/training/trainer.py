@@ -133,7 +133,7 @@ class Trainer:
         self.observer = Observer(parts, self.ema.network, run, world)
         self._writer = CheckpointWriter(run, train.keep_checkpoints, train.keep_every, world, self.parallel.sharded)
         self._meter, self._by_time = Meter(world), BinnedMean(TIME_BINS, parts.device, world)
-        self._watch = Watch(train.stop_after_bad)
+        self._watch = Watch()
         self._window = Window(self.images)
         self._target_time, self._objective_time = Stopwatch(parts.device), Stopwatch(parts.device)
         self.module.stopwatch = self._objective_time
@@ -223,7 +223,6 @@ class Trainer:
             token_width=parts.trunk.token_width,
             pairing=config.align.token.pairing if parts.trunk.token_width else "none",
         )
-        self._watch.begin(self.step)
         for start in range(0, part.size, part.micro):
             # Rows of this process's batch whose noisings this pass holds.
             rows = slice(start // train.noisings, (start + part.micro) // train.noisings)
@@ -249,6 +248,7 @@ class Trainer:
             self._by_time.add(output.denoising, output.unit_time)
         self.parallel.finish()
         norm = self.optimizer.step(self.images + train.batch_size)
+        self._watch.end(self.step, self.optimizer.skipped_in_a_row)
         parts.objective.update()
         self.ema.update(parts.trunk, self.step)
         self._meter.add("grad_norm", norm)
@@ -310,7 +310,7 @@ class Trainer:
             self._display(Report(self.step, self.images, self.config.train.images, record))
         in_a_row = int(optimizer.skipped_in_a_row.item())
         if in_a_row >= self.config.train.stop_after_bad:
-            found = self._watch.diagnose(in_a_row)
+            found = self._watch.diagnose(self.step, in_a_row)
             sentence = diagnosis(found, in_a_row, self.run, self.state, self.loader, self.world)
             with self.world.agreed():
                 raise NonFiniteError(sentence)

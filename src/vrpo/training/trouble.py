@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,57 +20,68 @@ from vrpo.training.step import StepOutput
 _NAMED = 3
 
 
-class _Pass(NamedTuple):
-    """One pass: where each image's denoising loss is not finite, and whether the objective's is not."""
-
-    images: Tensor
-    objective: Tensor
-
-
 @dataclass(frozen=True)
 class Trouble:
     """One process's part of a span of non-finite steps.
 
     ``first`` is the first of them (counted from 0), ``terms`` names what was not finite, ``rows`` are places in this
-    process's batch of the first step whose own loss was not finite; empty where none or all of them are.
+    process's batch of the first step whose own loss was not finite; empty where none or all of them are, None where
+    that step was before the run was resumed.
     """
 
     first: int
     terms: tuple[str, ...]
-    rows: NDArray[np.int64]
+    rows: NDArray[np.int64] | None
 
 
 class Watch:
-    """The finiteness of the last ``steps`` steps' losses, kept on the device until it is asked for."""
+    """What is not finite in the present span of such steps, kept on the device until it is asked for.
 
-    def __init__(self, steps: int) -> None:
-        self._steps: deque[tuple[int, list[_Pass]]] = deque(maxlen=steps)
+    Of a span, however long, its first step is kept and what any of its losses were. Nothing is known of steps before
+    the run was resumed, where a span may have begun.
+    """
 
-    def begin(self, step: int) -> None:
-        """Start a step (counted from 0)."""
-        self._steps.append((step, []))
+    def __init__(self) -> None:
+        self._images: list[Tensor] = []
+        self._objective: list[Tensor] = []
+        self._first: Tensor | None = None
+        self._bad: Tensor | None = None
+        self._terms: Tensor | None = None
 
     def add(self, output: StepOutput) -> None:
-        """Note one pass of the step; the host waits for nothing."""
-        images = output.denoising.isfinite().logical_not()
-        objective = images.new_zeros(())
+        """Note one pass of a step; the host waits for nothing."""
+        self._images.append(output.denoising.isfinite().logical_not())
         for extra in (output.alignment_loss, output.token_loss):
             if extra is not None:
-                objective = objective | extra.isfinite().all().logical_not()
-        self._steps[-1][1].append(_Pass(images, objective))
+                self._objective.append(extra.isfinite().logical_not().any())
 
-    def diagnose(self, in_a_row: int) -> Trouble:
-        """Return what was not finite in the last ``in_a_row`` steps, as far back as is known."""
-        span = list(self._steps)[-in_a_row:]
-        first, passes = span[0]
-        bad = torch.cat([part.images for part in passes]).cpu().numpy()
-        terms = []
-        if any(bool(part.images.any()) for _, parts in span for part in parts):
-            terms.append("denoising loss")
-        if any(bool(part.objective) for _, parts in span for part in parts):
-            terms.append("objective's loss")
-        rows = np.flatnonzero(bad)
-        return Trouble(first, tuple(terms), rows if len(rows) < len(bad) else rows[:0])
+    def end(self, step: int, in_a_row: Tensor) -> None:
+        """End a step (counted from 0), the last of ``in_a_row`` () that were not finite; the host waits for nothing."""
+        bad = torch.cat(self._images)
+        objective = torch.stack(self._objective).any() if self._objective else bad.new_zeros(())
+        terms = torch.stack([bad.any(), objective])
+        self._images, self._objective = [], []
+        if self._first is None or self._bad is None or self._terms is None:
+            self._first, self._bad, self._terms = in_a_row.new_full((), -1, dtype=torch.int64), bad, terms
+        begins = in_a_row == 1
+        self._first = torch.where(begins, step, self._first)
+        self._bad = torch.where(begins, bad, self._bad)
+        self._terms = terms | (self._terms & (in_a_row > 1))
+
+    def diagnose(self, step: int, in_a_row: int) -> Trouble:
+        """Return what was not finite in the ``in_a_row`` steps before ``step`` (counted from 0), of which the last has
+        ended.
+        """
+        assert self._first is not None
+        assert self._bad is not None
+        assert self._terms is not None
+        first = step - in_a_row
+        found = zip(("denoising loss", "objective's loss"), self._terms.tolist(), strict=True)
+        terms = tuple(name for name, present in found if present)
+        if int(self._first) != first:
+            return Trouble(first, terms, None)
+        rows = np.flatnonzero(self._bad.cpu().numpy())
+        return Trouble(first, terms, rows if len(rows) < len(self._bad) else rows[:0])
 
 
 class NonFiniteError(CheckpointError):
@@ -85,12 +94,16 @@ def diagnosis(found: Trouble, in_a_row: int, run: Path, state: RunState, loader:
     It names the term, the samples, and the last checkpoint before.
     """
     train, counters, dataset = state.config.train, state.counters, state.parts.dataset
-    own = loader.indices(found.first + counters.passed)
-    alone = np.unique(own[found.rows // train.noisings])
+    alone, own = np.zeros((2, 0), dtype=np.int64)
+    if found.rows is not None:
+        own = loader.indices(found.first + counters.passed)
+        alone = np.unique(own[found.rows // train.noisings])
     told = world.gather((found.terms, [dataset.key(row) for row in alone], [dataset.key(row) for row in own]))
     terms = {term for names, _, _ in told for term in names}
     bad = [key for _, keys, _ in told for key in keys]
-    samples = _name_samples(bad or [key for _, _, keys in told for key in keys], bool(bad))
+    samples = "before the run was resumed (on which samples is not known)"
+    if found.rows is not None:
+        samples = _name_samples(bad or [key for _, _, keys in told for key in keys], bool(bad))
     good = next((path for path in find_checkpoints(run) if step_of(path) <= found.first), None)
     remedy = "start again with a lower train.lr or --train.precision fp32."
     if good is not None:
