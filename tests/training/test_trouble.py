@@ -204,6 +204,26 @@ def test_a_rewind_that_cannot_be_is_one_sentence(make_config: Any, tmp_path: Pat
         trainer(config, tmp_path / "other", resume=True)
 
 
+def test_a_rewind_passes_over_damaged_checkpoints(make_config: Any, tmp_path: Path) -> None:
+    config, folder = make_config(**STEPS), tmp_path / "run"
+    trainer(config, folder).train()
+    saved = folder / "checkpoints"
+    for file in (saved / "step-00000020" / "state.json", saved / "step-00000006" / "ema.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    said: list[str] = []
+    again = Trainer(config, folder, resume=True, rewind=56, say=said.append)
+    assert (again.step, again.counters.passed) == (4, 16)
+    assert "step-00000006/ema.safetensors" in said[0]
+    assert "Rewound" in said[0]
+    assert "step-00000020/state.json" in said[1]
+    assert again.train().status == "finished"
+    assert sorted(path.name for path in saved.glob("step-*"))[1:3] == ["step-00000004", "step-00000006"]
+    for path in saved.glob("step-0000000[24]/ema.safetensors"):
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"no checkpoint to rewind to can be used; the newest: .*step-00000004"):
+        trainer(config, folder, resume=True, rewind=40)
+
+
 def test_what_was_passed_over_adds_up() -> None:
     rewinds = [Rewind(48, 6, 4), Rewind(96, 12, 9)]
     assert [passed_at(rewinds, step) for step in (0, 5, 6, 11, 12, 99)] == [0, 0, 4, 4, 9, 9]

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vrpo.errors import CheckpointError
 from vrpo.files import write_text
 from vrpo.runs import Run
-from vrpo.training.checkpoint import find_checkpoints, read_state
+from vrpo.training.checkpoint import find_checkpoints, read_state, step_of
 from vrpo.untrusted import read_json, seal, unseal
 
 FILE = "rewinds.json"
@@ -54,27 +55,26 @@ def passed_at(rewinds: list[Rewind], step: int) -> int:
 
 
 def rewind_run(run: Path, images: int, batch_size: int) -> str:
-    """Record a rewind to the newest checkpoint of at most ``images`` images, and say what it does.
+    """Record a rewind to the newest checkpoint of at most ``images`` images that verifies, and say what it does.
 
     The same request again, as a launcher that restarts the command makes, does nothing.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or nothing was trained since.
+        CheckpointError: there is no such checkpoint, none verifies, or nothing was trained since.
     """
     rewinds = read_rewinds(run)
     if rewinds and rewinds[-1].images == images:
         return f"{run} was rewound to {images:,} images already: going on from there."
-    saved = [(read_state(path)["step"], path) for path in find_checkpoints(run)]
-    known = [(step, path) for step, path in saved if step * batch_size <= images]
+    saved = find_checkpoints(run)
+    known = [path for path in saved if step_of(path) * batch_size <= images]
     if not known:
-        oldest = f"the oldest is of {saved[-1][0] * batch_size:,}" if saved else "there is none"
+        oldest = f"the oldest is of {step_of(saved[-1]) * batch_size:,}" if saved else "there is none"
         raise CheckpointError(
             f"{run} has no checkpoint of at most {images:,} images ({oldest}): give a larger --rewind."
         )
-    target, path = known[0]
-    read_state(path, verify=True)
+    target, complaints = _newest_whole(known)
     records = Run(run).metrics("train")
-    reached = max(saved[0][0], int(records[-1]["step"]) if records else 0)
+    reached = max(step_of(saved[0]), int(records[-1]["step"]) if records else 0)
     if reached <= target:
         raise CheckpointError(
             f"{run} has trained no further than its checkpoint of {target * batch_size:,} images: there is nothing to "
@@ -84,10 +84,23 @@ def rewind_run(run: Path, images: int, batch_size: int) -> str:
     kept = [rewind for rewind in rewinds if rewind.step < target]
     entries = [asdict(rewind) for rewind in (*kept, Rewind(images, target, passed))]
     write_text(run / FILE, json.dumps(seal({"rewinds": entries}), indent=1))
-    return (
+    return "".join(f"Passed over a checkpoint: {complaint} " for complaint in complaints) + (
         f"Rewound {run} from step {reached} to its checkpoint at step {target}: the data of the {reached - target} "
         "steps between are passed over, and the noise is drawn anew."
     )
+
+
+def _newest_whole(known: Sequence[Path]) -> tuple[int, list[str]]:
+    """Return the step of the first of these checkpoints that verifies, and what is wrong with those before it."""
+    complaints: list[str] = []
+    for path in known:
+        try:
+            read_state(path, verify=True)
+        except CheckpointError as error:
+            complaints.append(str(error))
+        else:
+            return step_of(path), complaints
+    raise CheckpointError(f"no checkpoint to rewind to can be used; the newest: {complaints[0]}")
 
 
 def set_aside_rewound(run: Path) -> None:
