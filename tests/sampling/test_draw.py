@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,7 @@ def test_a_full_disk_is_a_sentence_and_the_command_goes_on_afterwards(
 # -- several processes ------------------------------------------------------------------------------------------------
 
 
-def launch(words: list[str], size: int) -> list[subprocess.Popen[str]]:
+def launch(words: list[str], size: int, program: Sequence[str] = ("-m", "vrpo")) -> list[subprocess.Popen[str]]:
     """Start processes as torchrun does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -286,7 +287,7 @@ def launch(words: list[str], size: int) -> list[subprocess.Popen[str]]:
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "vrpo", *words],
+            [sys.executable, *program, *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -319,6 +320,33 @@ def test_two_processes_give_the_same_images_and_the_same_score(run: Path, tmp_pa
     reference = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 3, 8, 8), dtype=np.uint8))
     scores = [evaluate_images(file, reference, Pooled(), metrics=("fd", "kid", "precision")).metrics for file in files]
     assert scores[0] == scores[1]
+
+
+DISK_OF_THE_SECOND_IS_FULL = """
+import errno, os, sys
+from vrpo.cli import main
+from vrpo.sampling.chunks import Chunks
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+if os.environ["RANK"] == "1":
+    Chunks.save = full
+main(sys.argv[1:])
+"""
+
+
+def test_an_error_of_one_process_ends_both_with_its_sentence(run: Path, tmp_path: Path) -> None:
+    words = ["sample", str(run), "--count", "16", "--out", str(tmp_path / "images.npz")]
+    for _ in range(2):  # another program may take the port that was free
+        processes = launch(words, 2, ("-c", DISK_OF_THE_SECOND_IS_FULL))
+        told = [process.communicate()[1] for process in processes]
+        if not any("could not join" in text for text in told):
+            break
+    assert [process.returncode for process in processes] == [2, 2], told
+    assert "no space is left on the device" in told[1]
+    assert "vrpo: " not in told[0]
+    assert "Traceback" not in "".join(told)
 
 
 class Pooled:

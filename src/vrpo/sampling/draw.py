@@ -86,13 +86,13 @@ def draw_images(
     def tell(own: int) -> None:
         progress(sum(map(len, chunks.saved())) + own, order.count)
 
-    for part in missing[world.rank :: world.size]:
-        tell(0)
-        chosen = None if labels is None else labels[part.start : part.stop]
-        images = torch.cat(list(sampler.batches(part, chosen, order.seed, tell)))
-        chunks.save(part.start, images.permute(0, 2, 3, 1).contiguous().numpy())
+    with world.agreed():  # all go on when every process is done with its own
+        for part in missing[world.rank :: world.size]:
+            tell(0)
+            chosen = None if labels is None else labels[part.start : part.stop]
+            images = torch.cat(list(sampler.batches(part, chosen, order.seed, tell)))
+            chunks.save(part.start, images.permute(0, 2, 3, 1).contiguous().numpy())
     if world.size > 1:
-        world.gather(None)  # until every process is done with its own
         tell(0)
     record = json.dumps({**about, "images": source.loaded.images, "run": source.loaded.config.name}, indent=1)
     kind = image_format(outputs.out)
