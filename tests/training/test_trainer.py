@@ -310,6 +310,14 @@ def test_existing_run_is_not_overwritten(make_config: Any, tmp_path: Path) -> No
         Trainer(make_config(), tmp_path / "other")
 
 
+def test_resume_accepts_weights_that_were_moved(make_config: Any, tmp_path: Path) -> None:
+    for place in ("here", "there"):
+        weights = {"weights": f"/{place}/weights.safetensors"}
+        further = [{"name": "vit", **weights}, {"name": "resnet10t", **weights}]
+        config = make_config(encoder=weights, more_encoders=further, train={"images": 8})
+        run(config, tmp_path / "run", resume=place == "there")
+
+
 def test_resume_refuses_what_would_change_the_result(make_config: Any, tmp_path: Path) -> None:
     run(make_config(), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"would change train.lr from 0.001 to 0.002"):

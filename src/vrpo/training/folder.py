@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,7 @@ FREE_KEYS = (
     "train.keep_checkpoints",
 )
 FREE_ENDINGS = ("_every", "encoder.weights")
+FURTHER_WEIGHTS = re.compile(r"more_encoders\.\d+\.weights")
 FREE_SECTIONS = ("sample.", "evaluate.")
 # Objectives in which nothing depends on how long the run will be.
 TIMELESS = ("none", "repa", "irepa", "contrastive")
@@ -78,6 +80,8 @@ def _is_free(key: str, config: RunConfig) -> bool:
         return align.side in TIMELESS and counted and align.perceptual_image.kind == "none"
     if key == "train.micro_batch":
         return align.side not in COMPARING
+    if FURTHER_WEIGHTS.fullmatch(key):
+        return True
     return key in FREE_KEYS or key.endswith(FREE_ENDINGS) or key.startswith(FREE_SECTIONS)
 
 
