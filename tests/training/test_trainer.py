@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -381,6 +383,39 @@ def test_means_of_a_failed_start_are_not_reused(make_config: Any, tmp_path: Path
     again = Trainer(other, tmp_path / "run", say=lambda s: None)
     fresh = Trainer(other, tmp_path / "fresh", say=lambda s: None)
     assert torch.equal(again.parts.targets.means[0], fresh.parts.targets.means[0])  # type: ignore[arg-type]
+
+
+def test_all_that_the_objective_does_is_timed_once(make_config: Any, tmp_path: Path) -> None:
+    class Clock:
+        open = 0
+
+        @contextmanager
+        def section(self) -> Iterator[None]:
+            self.open += 1
+            yield
+            self.open -= 1
+
+        def take(self) -> float:
+            return 0.0
+
+    config = make_config(align={"objective": "vrpo", "token": {"use": True}}, train={"images": 16})
+    trainer = Trainer(config, tmp_path / "run", say=lambda sentence: None)
+    clock, objective, seen = Clock(), trainer.parts.objective, []
+
+    def note(name: str) -> None:
+        inner = getattr(objective, name)
+
+        def call(*arguments: Any) -> Any:
+            seen.append((name, clock.open))
+            return inner(*arguments)
+
+        setattr(objective, name, call)
+
+    for name in ("taps", "loss", "token_loss", "observe", "update"):
+        note(name)
+    trainer.module.stopwatch = trainer._objective_time = clock  # type: ignore[assignment]
+    trainer.train()
+    assert seen == [(name, 1) for name in ("taps", "loss", "token_loss", "observe", "update")] * 2
 
 
 def test_budget_of_a_scheduled_objective_is_fixed(make_config: Any, tmp_path: Path) -> None:

@@ -172,7 +172,8 @@ class DenoisingStep(nn.Module):
                 again = self._run(self.trunk, some, t[rows], None if labels is None else labels[rows], taps)
                 return denoising.loss(again.image, clean[rows], draws.noise[rows], t[rows])
 
-        taps = self._timed(self.objective.taps(batch))
+        with self._watch():
+            taps = self._timed(self.objective.taps(batch))
         with torch.autocast(clean.device.type, self.dtype, enabled=self.dtype != torch.float32):
             output = self._run(self.run_trunk, state, t, labels, taps)
             with self._watch():
@@ -186,7 +187,8 @@ class DenoisingStep(nn.Module):
         token_loss = None
         if token_noise is not None and output.token is not None:
             velocity = denoising.loss(output.token, targets.class_tokens[0], token_noise, t)
-            token_loss = self.objective.token_loss(seen, velocity)
+            with self._watch():
+                token_loss = self.objective.token_loss(seen, velocity)
             total = total + token_loss * weight
         with self._watch():
             self.objective.observe(seen, rerun)

@@ -249,7 +249,8 @@ class Trainer:
         self.parallel.finish()
         norm = self.optimizer.step(self.images + train.batch_size)
         self._watch.end(self.step, self.optimizer.skipped_in_a_row)
-        parts.objective.update()
+        with self._objective_time.section():
+            parts.objective.update()
         self.ema.update(parts.trunk, self.step)
         self._meter.add("grad_norm", norm)
 
