@@ -230,22 +230,31 @@ def test_few_trials_decide_nothing() -> None:
     assert objective.trials[1].item() == 3, "they are kept for the next look"
 
 
-def test_a_resumed_run_goes_on_as_the_uninterrupted_one() -> None:
-    settings = {"scaffold": {"supply": "advantage", "fraction": 1.0, "patience": 1, "earliest": 0.0, "latest": 0.4}}
+@pytest.mark.parametrize(
+    ("patience", "stop", "owned"),
+    [(1, 3, [0, 0]), (1, 11, [0, 0]), (1, 15, [0, 1]), (2, 9, [0])],
+    ids=["before-a-look", "between-looks", "between-hand-overs", "while-stalled"],
+)
+def test_a_resumed_run_goes_on_as_the_uninterrupted_one(patience: int, stop: int, owned: list[float]) -> None:
+    rule = {"time_bins": len(owned), "patience": patience, "growth": 1.0, "earliest": 0.0, "latest": 1.0}
+    settings = {"scaffold": {"supply": "advantage", "fraction": 1.0, **rule}}
     whole, stopped = scaffold(settings), scaffold(settings)
     net = trunk()
-    for step in range(4):
+    for step in range(19):
         backward(net, whole, step)
         whole.update()
-    for step in range(4):
-        if step == 2:
+    for step in range(19):
+        if step == stop:
+            assert stopped.own.tolist() == owned
             state = stopped.state_dict()
             stopped = scaffold(settings)
             stopped.load_state_dict(state)
         backward(net, stopped, step)
         stopped.update()
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, stopped.state_dict()[name]) or value.isnan().any(), name
+    assert whole.own.tolist() == [1] * len(owned), "a bin did not change hands"
+    found = dict(stopped.named_buffers())
+    for name, value in whole.named_buffers():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 def test_composes_with_a_token_and_with_attention_alignment() -> None:

@@ -586,6 +586,30 @@ def test_every_ablation_runs_by_configuration_alone(settings: dict[str, Any]) ->
     assert all(value.ndim == 0 or value.shape == (10,) for value in logs.values())
 
 
+@pytest.mark.parametrize("reward", ["semantic", "relational", "fidelity"])
+def test_noise_in_place_of_a_preference_is_as_long_and_points_elsewhere(reward: str) -> None:
+    weights = {"semantic": 0.0, "relational": 0.0, "fidelity": 0.0, reward: 1.0}
+    directions: dict[bool, Tensor] = {}
+    for noise in (False, True):
+        net, align = trunk(), objective(**ISOLATED, **weights, noise_preferences=noise)
+        warm(net, align)
+        policy = align.policies[0]
+
+        def keep(*given: Any, ascent: Any = policy.ascent, noise: bool = noise) -> Any:
+            found = ascent(*given)
+            directions[noise] = found[0]
+            return found
+
+        policy.ascent = keep
+        accumulate(net, align, Data(), generator=torch.Generator().manual_seed(5))
+    plain, noisy = directions[False], directions[True]
+    torch.testing.assert_close(noisy.norm(dim=-1), plain.norm(dim=-1), rtol=1e-3, atol=1e-5)
+    assert plain.norm(dim=-1).mean() > 0.3
+    assert F.cosine_similarity(noisy.flatten(), plain.flatten(), dim=0).abs() < 0.1
+    # Every token has noise of its own.
+    assert F.cosine_similarity(noisy[:, :1], noisy[:, 1:], dim=-1).abs().mean() < 0.4
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
