@@ -9,22 +9,6 @@ from torch import nn
 from vrpo.alignment.projector import ConvProjector, MLPProjector, unit
 
 
-def projectors() -> list[nn.Module]:
-    return [MLPProjector(6, 5, width=8).double(), ConvProjector(6, 5).double()]
-
-
-@pytest.mark.parametrize("projector", projectors(), ids=["mlp", "conv"])
-def test_jvp_is_the_directional_derivative(projector: nn.Module) -> None:
-    h, tangent = torch.randn(2, 2, 9, 6, dtype=torch.float64)
-    expected, expected_tangent = torch.func.jvp(projector, (h,), (tangent,))
-    output, output_tangent = projector.jvp(h, tangent)
-    torch.testing.assert_close(output, expected)
-    torch.testing.assert_close(output_tangent, expected_tangent)
-    step = 1e-6
-    difference = (projector(h + step * tangent) - projector(h - step * tangent)) / (2 * step)
-    torch.testing.assert_close(output_tangent, difference, atol=1e-8, rtol=1e-6)
-
-
 def test_mlp_is_the_published_network() -> None:
     projector = MLPProjector(6, 5, width=8)
     published = nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 5))

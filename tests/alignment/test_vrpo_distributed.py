@@ -1,4 +1,6 @@
-"""Two processes train as one does: DistributedDataParallel, and FSDP2 with the projector whole or sharded."""
+"""Two processes train as one does: the trunk under DistributedDataParallel or FSDP2, the objective's gradients averaged
+beside it, as the trainer has them; and FSDP2 with the projector sharded too.
+"""
 
 from __future__ import annotations
 
@@ -14,35 +16,26 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from toy import BATCH, Data, accumulate, objective, trunk
 
+from vrpo.training.optim import is_sharded
+from vrpo.training.parallel import average
+
 STEPS = 3
 HALF = BATCH // 2
-
-
-class _Both(nn.Module):
-    """Trunk and objective under one wrapper, as the trainer has them."""
-
-    def __init__(self, net: nn.Module, align: nn.Module) -> None:
-        super().__init__()
-        self.net, self.align = net, align
-
-    def forward(self, *inputs: Any) -> Tensor:
-        return self.net(*inputs)
 
 
 def _whole(value: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def _run(net: nn.Module, align: Any, forward: Any, rank: int | None, average: list[nn.Parameter]) -> dict[str, Tensor]:
+def _run(net: nn.Module, align: Any, forward: Any, rank: int | None, beside: list[nn.Parameter]) -> dict[str, Tensor]:
     trained = [*net.parameters(), *align.parameters()]
     optimiser = torch.optim.SGD(trained, 0.05)
     part, total = (slice(None), BATCH) if rank is None else (slice(rank * HALF, (rank + 1) * HALF), HALF)
     for step in range(STEPS):
         optimiser.zero_grad()
         accumulate(forward, align, Data(step), part=part, total=total, seen=20 * step)
-        for parameter in average:
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= dist.get_world_size()
+        if rank is not None:
+            average(parameter.grad for parameter in beside)
         optimiser.step()
         align.update()
     state = {**net.state_dict(), **{f"align.{k}": v for k, v in align.state_dict().items()}}
@@ -56,8 +49,7 @@ def _worker(rank: int, folder: str) -> None:
     found = {}
 
     net, align = trunk(), objective()
-    wrapped = DistributedDataParallel(_Both(net, align))
-    found["ddp"] = _run(net, align, wrapped, rank, [])
+    found["ddp"] = _run(net, align, DistributedDataParallel(net), rank, list(align.parameters()))
 
     for name in ("fsdp", "fsdp-projector"):
         net, align = trunk(), objective()
@@ -67,8 +59,8 @@ def _worker(rank: int, folder: str) -> None:
         fully_shard(net, mesh=mesh)
         if name == "fsdp-projector":
             fully_shard(align.projectors[0], mesh=mesh)
-        average = [p for p in align.parameters() if not hasattr(p, "full_tensor")]
-        found[name] = _run(net, align, net, rank, average)
+        beside = [p for p in align.parameters() if not is_sharded(p)]
+        found[name] = _run(net, align, net, rank, beside)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

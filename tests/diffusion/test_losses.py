@@ -178,5 +178,3 @@ def test_loss_is_the_squared_error_plus_the_bound_with_weight_one() -> None:
     bound = variational_bound(process.path, output[:, :3], output[:, 3:], data, noise, steps)
     expected = ((output[:, :3] - noise) ** 2).mean(dim=(1, 2, 3)) + bound
     torch.testing.assert_close(process.loss(output, data, noise, steps), expected)
-    assert process.output_channels(3) == 6
-    assert FlowMatching(get_path("linear")).output_channels(3) == 3

@@ -117,14 +117,6 @@ def test_linear_velocity_is_noise_minus_data() -> None:
     torch.testing.assert_close(velocity, noise - data)
 
 
-def test_two_names_for_one_path_agree() -> None:
-    t = torch.linspace(0, 1, 11, dtype=torch.float64)
-    for one, other in zip(
-        vars(get_path("cosine").point(t)).values(), vars(get_path("gvp").point(t)).values(), strict=True
-    ):
-        assert torch.equal(one, other)
-
-
 def test_a_scalar_time_serves_the_whole_batch() -> None:
     data, noise = _pair(5)
     path = PATHS["cosine"]

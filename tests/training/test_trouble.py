@@ -95,7 +95,7 @@ def test_a_span_that_began_before_a_resume_is_told_as_such(make_config: Any, tmp
     with pytest.raises(NonFiniteError) as caught:
         again.train()
     sentence = str(caught.value)
-    assert "in the last 9 steps, first in step 8 before the run was resumed (on which samples is not known);" in sentence
+    assert "last 9 steps, first in step 8 before the run was resumed (on which samples is not known);" in sentence
     assert "last good checkpoint is step-00000006" in sentence
     assert "--resume --rewind 56" in sentence
 

@@ -46,15 +46,6 @@ class MLPProjector(nn.Module):
             h = _like_weight(h, self.first.weight)
             return _widened(self.last(F.silu(self.second(F.silu(self.first(h))))))
 
-    def jvp(self, h: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the output at ``h`` and its derivative along ``tangent``, in closed form."""
-        with _wide_range(h):
-            weight = self.first.weight
-            h, tangent = _like_weight(h, weight), _like_weight(tangent, weight)
-            h, tangent = _silu_jvp(self.first(h), F.linear(tangent, self.first.weight))
-            h, tangent = _silu_jvp(self.second(h), F.linear(tangent, self.second.weight))
-            return _widened(self.last(h)), _widened(F.linear(tangent, self.last.weight))
-
 
 class ConvProjector(nn.Module):
     """One 3x3 convolution over the square grid of tokens, (B, N, in_width) -> (B, N, out_width).
@@ -69,10 +60,6 @@ class ConvProjector(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Return the projected tokens in float32 (or the weights' wider type)."""
         return self._convolve(h, self.conv.bias)
-
-    def jvp(self, h: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the output at ``h`` and its derivative along ``tangent``, in closed form."""
-        return self._convolve(h, self.conv.bias), self.push(tangent)
 
     def push(self, tangent: Tensor) -> Tensor:
         """Return the derivative along ``tangent``, which is the same at every ``h``: the map is affine."""
@@ -96,11 +83,6 @@ def projector_of(tensors: Mapping[str, Tensor]) -> nn.Module:
         projector = MLPProjector(in_width, out_width, width)
     projector.load_state_dict(dict(tensors))
     return projector
-
-
-def _silu_jvp(x: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
-    gate = torch.sigmoid(x)
-    return x * gate, tangent * gate * (1 + x * (1 - gate))
 
 
 def _widened(x: Tensor) -> Tensor:

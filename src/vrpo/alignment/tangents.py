@@ -1,8 +1,8 @@
 """Derivatives of a projector along a tangent, at the cost of the tangent alone.
 
-``projector.jvp`` computes output and derivative together. In the backward pass of a step the output is
-known, and the pre-activations that the derivative needs were computed on the way: they are kept, and half
-the work is saved.
+Forward-mode differentiation computes output and derivative together. In the backward pass of a step the output
+is known, and the pre-activations that the derivative needs were computed on the way: they are kept, and half the
+work is saved.
 """
 
 from __future__ import annotations

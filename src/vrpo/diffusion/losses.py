@@ -38,9 +38,6 @@ class Denoising(Protocol):
     Times ``t`` (B,) are what the network is given: [0, 1] for flow matching, step numbers for DiT.
     """
 
-    def output_channels(self, channels: int) -> int:
-        """Return how many channels the network predicts for data of ``channels`` channels."""
-
     def times(self, uniforms: Tensor) -> Tensor:
         """Return times (B,) float32 for uniform numbers in [0, 1), larger for larger numbers."""
 
@@ -80,9 +77,6 @@ class FlowMatching:
         self.path = path
         self._distribution, self._mean, self._std = time_distribution, time_mean, time_std
 
-    def output_channels(self, channels: int) -> int:
-        return channels
-
     def times(self, uniforms: Tensor) -> Tensor:
         if self._distribution == "uniform":
             return uniforms.float()
@@ -111,9 +105,6 @@ class NoisePrediction:
 
     def __init__(self) -> None:
         self.path = DiscretePath()
-
-    def output_channels(self, channels: int) -> int:
-        return 2 * channels
 
     def times(self, uniforms: Tensor) -> Tensor:
         last = self.path.steps - 1

@@ -204,14 +204,13 @@ class DiscretePath(Path):
 _PATHS: dict[str, type[Path]] = {
     "linear": LinearPath,
     "cosine": CosinePath,
-    "gvp": CosinePath,
     "vp": VPPath,
 }
 PATH_NAMES = tuple(_PATHS)
 
 
 def get_path(name: str) -> Path:
-    """Return the continuous path called ``name``: linear, cosine (also gvp) or vp.
+    """Return the continuous path called ``name``: linear, cosine or vp.
 
     Raises ConfigError for an unknown name.
     """

@@ -1,4 +1,4 @@
-"""One denoising step as a module: trunk and objective together, so that one wrapper reduces both gradients."""
+"""One denoising step: noised images, the trunk with the objective's taps in it, and the sum of the losses."""
 
 from __future__ import annotations
 

@@ -9,16 +9,11 @@ from typing import Any
 
 
 class StopRequest:
-    """Context in which SIGINT and SIGTERM set ``requested``; a second SIGINT interrupts at once."""
+    """Context in which SIGINT and SIGTERM set ``signal`` to their number; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._previous: dict[int, Any] = {}
-
-    @property
-    def requested(self) -> bool:
-        """Whether a signal has come."""
-        return self.signal is not None
 
     def __enter__(self) -> StopRequest:
         # Python takes signals in the main thread only; elsewhere the caller's own handlers stay.

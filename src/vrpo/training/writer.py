@@ -61,11 +61,6 @@ class CheckpointWriter:
         )
         self._thread.start()
 
-    @property
-    def busy(self) -> bool:
-        """Whether a checkpoint is being written."""
-        return self._thread is not None and self._thread.is_alive()
-
     def wait(self) -> None:
         """Wait for the checkpoint under way.
 
