@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vrpo.config_load import load_preset, validate
+from vrpo.config_load import load_preset, to_yaml, validate
 from vrpo.demo import HELD_OUT, digits, plan_budget, run_demo, split
 from vrpo.errors import ConfigError, DataError
 
@@ -51,6 +51,39 @@ def test_wrong_options_are_refused(tmp_path: Path) -> None:
         run_demo(tmp_path / "out", minutes=0)
     with pytest.raises(ConfigError, match="--size 30 is not a multiple of 16: use 32"):
         run_demo(tmp_path / "out", size=30)
+
+
+@pytest.mark.parametrize("data", ["elsewhere/photos", None])
+def test_a_run_that_no_demo_made_is_kept(tmp_path: Path, data: str | None) -> None:
+    run = tmp_path / "runs" / "repa"
+    (run / "checkpoints").mkdir(parents=True)
+    if data is not None:
+        config = validate({"data": {"path": str(tmp_path / data)}, "align": {"objective": "repa"}}, "the test")
+        (run / "config.yaml").write_text(to_yaml(config))
+    (run / "checkpoints" / "weights").write_bytes(b"days of training")
+    with pytest.raises(ConfigError, match=r"repa holds something that no demo .* made: choose another --out\.$"):
+        run_demo(tmp_path, minutes=0.01)
+    assert (run / "checkpoints" / "weights").read_bytes() == b"days of training"
+    assert [child.name for child in tmp_path.iterdir()] == ["runs"], "no work was done"
+
+
+def test_a_report_that_no_demo_made_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("a comparison of other runs")
+    with pytest.raises(ConfigError, match="is no report of a demo in"):
+        run_demo(tmp_path, minutes=0.01)
+    assert (tmp_path / "report.html").read_text() == "a comparison of other runs"
+
+
+def test_a_demo_may_be_repeated(tmp_path: Path) -> None:
+    (tmp_path / "data" / "training-16px").mkdir(parents=True)
+    (tmp_path / "report.html").write_text("of the first time")
+    run = tmp_path / "runs" / "none"
+    run.mkdir(parents=True)
+    config = validate({"data": {"path": str(tmp_path / "data" / "training-16px")}}, "the test")
+    (run / "config.yaml").write_text(to_yaml(config))
+    (tmp_path / "runs" / "repa").mkdir()  # begun, and killed before anything was written
+    with pytest.raises(ConfigError, match="--size 30 is not a multiple"):  # the next thing that is refused
+        run_demo(tmp_path, size=30)
 
 
 def test_budget_fits_the_time_in_whole_visits() -> None:

@@ -20,6 +20,7 @@ from vrpo.display import TrainingDisplay
 from vrpo.errors import ConfigError, DataError, nearest
 from vrpo.randomness import mix
 from vrpo.report.compare import compare
+from vrpo.runs import Run, flatten
 from vrpo.training.trainer import Trainer
 from vrpo.vision.convnet import fit_encoder
 
@@ -78,6 +79,7 @@ def run_demo(
             raise ConfigError(f"--objectives: there is no objective '{objective}': {nearest(objective, OBJECTIVES)}")
     if minutes <= 0:
         raise ConfigError(f"--minutes {minutes:g} is no time at all: give at least 0.5.")
+    _check_folder(out, objectives)
     started = time.monotonic()
     training, held_out = _prepare(out, source, size)
     encoders = _fit_encoders(out, training, minutes, seed, source is None)
@@ -97,6 +99,25 @@ def run_demo(
     name = "handwritten digits" if source is None else source.name
     comparison = compare(runs, report, title=f"Alignment on {name}")
     return report, comparison.result
+
+
+def _check_folder(out: Path, objectives: Sequence[str]) -> None:
+    """Refuse a folder in which the demo would delete a run or replace a report that no demo made there."""
+    for objective in objectives:
+        run = out / "runs" / objective
+        if run.is_dir() and any(run.iterdir()) and not _trained_on(run, out / "data"):
+            raise ConfigError(f"{run} holds something that no demo in {out} made: choose another --out.")
+    report = out / "report.html"
+    if report.exists() and not any((out / "data").glob("training-*px")):
+        raise ConfigError(f"{report} is no report of a demo in {out}: choose another --out.")
+
+
+def _trained_on(run: Path, data: Path) -> bool:
+    try:
+        path = flatten(Run(run).config).get("data.path")
+    except DataError:
+        return False
+    return isinstance(path, str) and Path(path).resolve().is_relative_to(data.resolve())
 
 
 def _say(sentence: str) -> None:
