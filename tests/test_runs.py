@@ -70,6 +70,22 @@ def test_a_torn_line_in_the_middle_is_counted(tmp_path: Path) -> None:
     assert run.damaged_lines == 1
 
 
+@pytest.mark.parametrize("key", ["step", "images"])
+@pytest.mark.parametrize("value", ["x", None, True, -1, float("nan"), 10**120, [3]])
+def test_a_line_without_step_or_images_is_counted_as_damaged(tmp_path: Path, key: str, value: object) -> None:
+    run = Run(_folder(tmp_path / "run", [_train(1), {**_train(2), key: value}, _train(3)]))
+    assert [record["step"] for record in run.metrics("train")] == [1, 3]
+    assert run.damaged_lines == 1
+
+
+@pytest.mark.parametrize("facts", [{"data": "text"}, {"data": None}, {"encoders": 3}])
+def test_facts_of_another_shape_are_one_sentence(tmp_path: Path, facts: dict[str, Any]) -> None:
+    run = Run(_folder(tmp_path / "run"))
+    (run.path / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(DataError, match=r"run\.json is not a JSON object or was damaged"):
+        _ = run.info
+
+
 def test_steps_that_a_resumed_run_repeats_are_kept_once(tmp_path: Path) -> None:
     first = [_train(step, loss=1.0) for step in (10, 20, 30)]
     again = [_train(step, loss=2.0) for step in (20, 40)]
@@ -121,6 +137,17 @@ def test_grids_without_a_file_are_left_out(tmp_path: Path) -> None:
     (run.path / "samples" / "2.png").write_bytes(b"")
     (grid,) = run.sample_grids
     assert (grid.step, grid.images, grid.rows, grid.columns, grid.labels) == (2, 128, 2, 3, [])
+
+
+def test_a_grid_of_no_sensible_layout_has_none(tmp_path: Path) -> None:
+    strange = {"rows": "many", "columns": -3, "labels": 7, "file": "a" * 300 + ".png"}
+    run = Run(_folder(tmp_path / "run", [{**_train(1), "kind": "samples", **strange}]))
+    (run.path / "samples").mkdir()
+    assert run.sample_grids == []
+    (run.path / "metrics.jsonl").write_text(json.dumps({**_train(1), "kind": "samples", **strange, "file": "a.png"}))
+    (run.path / "samples" / "a.png").write_bytes(b"")
+    (grid,) = Run(run.path).sample_grids
+    assert (grid.rows, grid.columns, grid.labels) == (0, 0, [])
 
 
 def test_flatten_numbers_lists_of_mappings_only() -> None:

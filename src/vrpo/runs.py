@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +15,9 @@ from vrpo.errors import CheckpointError, DataError
 from vrpo.untrusted import MAX_JSON_BYTES, MAX_YAML_BYTES, parse_json, parse_yaml, read_text, unseal, unseal_text
 
 Record = dict[str, Any]
+
+# Beyond it a number was not measured, and its square may be no number.
+_LARGEST = 1e100
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -76,7 +81,7 @@ class Run:
         if not file.is_file():
             return {}
         facts = _load_object(file)
-        if facts is None:
+        if facts is None or not _has_shape_of_facts(facts):
             raise DataError(f"{file} is not a JSON object or was damaged: remove it to read the run without its facts.")
         return facts
 
@@ -118,7 +123,7 @@ class Run:
             if not line.strip():
                 continue
             record = _parse_object(line)
-            if record is not None and isinstance(record.get("kind"), str):
+            if record is not None and _is_telemetry(record):
                 records.append(record)
             elif number < len(lines) - 1:  # an unfinished last line is a run being written, not damage
                 damaged += 1
@@ -161,14 +166,15 @@ class Run:
     def _grids(self) -> Iterator[SampleGrid]:
         for record in self.metrics("samples"):
             file = self.path / "samples" / Path(str(record.get("file", ""))).name
+            labels = record.get("labels")
             if file.suffix == ".png" and _is_inside(file, self.path):
                 yield SampleGrid(
                     file=file,
-                    step=int(record.get("step", 0)),
-                    images=int(record.get("images", 0)),
-                    rows=int(record.get("rows", 0)),
-                    columns=int(record.get("columns", 0)),
-                    labels=list(record.get("labels") or []),
+                    step=int(record["step"]),
+                    images=int(record["images"]),
+                    rows=_count(record.get("rows")),
+                    columns=_count(record.get("columns")),
+                    labels=labels if isinstance(labels, list) else [],
                 )
 
     def checkpoints(self) -> list[Path]:
@@ -189,7 +195,7 @@ class Run:
 
 def _is_inside(file: Path, folder: Path) -> bool:
     """Whether a file lies in a folder, links followed: a report shows nothing from elsewhere."""
-    return file.is_file() and file.resolve().is_relative_to(folder.resolve())
+    return os.path.isfile(file) and file.resolve().is_relative_to(folder.resolve())
 
 
 def open_checkpoint(path: Path) -> tuple[Run, Path]:
@@ -203,6 +209,26 @@ def open_checkpoint(path: Path) -> tuple[Run, Path]:
         return Run(path.parent.parent), path
     run = Run(path)
     return run, run.latest_checkpoint()
+
+
+def number(value: object) -> float:
+    """Return a measured number as a float, NaN for anything else: text, truth values, and what no run can measure."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST <= value <= _LARGEST:
+        return math.nan
+    return float(value)
+
+
+def _count(value: object) -> int:
+    return int(value) if number(value) >= 0 else 0  # type: ignore[call-overload]
+
+
+def _is_telemetry(record: Record) -> bool:
+    """Whether a record says what it is and how far the run was: all that readers take for granted."""
+    return isinstance(record.get("kind"), str) and number(record.get("step")) >= 0 and number(record.get("images")) >= 0
+
+
+def _has_shape_of_facts(facts: Record) -> bool:
+    return isinstance(facts.get("data", {}), dict) and isinstance(facts.get("encoders", []), list)
 
 
 def _parse_object(text: str | bytes) -> Record | None:
@@ -227,15 +253,15 @@ def _without_rewound(records: list[Record]) -> list[Record]:
     kept: dict[str, list[Record]] = {}
     for record in records:
         same = kept.setdefault(record["kind"], [])
-        step = record.get("step", 0)
-        if same and step < same[-1].get("step", 0):
-            same[:] = [earlier for earlier in same if earlier.get("step", 0) < step]
+        step = record["step"]
+        if same and step < same[-1]["step"]:
+            same[:] = [earlier for earlier in same if earlier["step"] < step]
         identity = json.dumps(record.get("protocol"), sort_keys=True)
-        if same and same[-1].get("step", 0) == step:
+        if same and same[-1]["step"] == step:
             same[:] = [
                 earlier
                 for earlier in same
-                if earlier.get("step", 0) != step or json.dumps(earlier.get("protocol"), sort_keys=True) != identity
+                if earlier["step"] != step or json.dumps(earlier.get("protocol"), sort_keys=True) != identity
             ]
         same.append(record)
     return [record for group in kept.values() for record in group]

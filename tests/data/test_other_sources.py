@@ -102,6 +102,55 @@ def test_a_tar_that_does_not_match_is_named(files: list[bytes], tmp_path: Path, 
         open_source(write_tar(tmp_path / "images.tar", members))
 
 
+def with_header(path: Path, member: tarfile.TarInfo, **fields: object) -> Path:
+    """Write an archive of one good image and one member whose header says what no writer says."""
+    for name, value in fields.items():
+        setattr(member, name, value)
+    good = tarfile.TarInfo("00.png")
+    blocks = [good.tobuf(), member.tobuf(tarfile.GNU_FORMAT), bytes(10_240)]
+    path.write_bytes(b"".join(blocks))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("/etc/cron.d/01.png", tarfile.REGTYPE, r"an absolute name \('/etc/cron.d/01.png'\)"),
+        ("cat/../../01.png", tarfile.REGTYPE, r"a name with '\.\.' .*"),
+        ("cat/01.png", tarfile.SYMTYPE, r"a link \('cat/01.png'\)"),
+        ("cat/01.png", tarfile.LNKTYPE, r"a link \('cat/01.png'\)"),
+    ],
+)
+def test_a_tar_member_cannot_name_a_place_outside(tmp_path: Path, name: str, kind: bytes, words: str) -> None:
+    file = with_header(tmp_path / "images.tar", tarfile.TarInfo(name), type=kind, linkname="/etc/passwd")
+    with pytest.raises(DataError, match=f"has a member that is {words}: pack it again with plain files only"):
+        open_source(file)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "words"),
+    [
+        (tarfile.REGTYPE, -1024, "a member"),  # which would lead back to its own header for ever
+        (tarfile.REGTYPE, 1 << 70, "a member lies beyond its end"),
+        (tarfile.GNUTYPE_LONGNAME, 1 << 40, "a header is too large"),
+        (tarfile.XHDTYPE, 1 << 40, "a header is too large"),
+        (tarfile.GNUTYPE_LONGNAME, -512, "a header is too large"),
+    ],
+)
+def test_a_tar_header_of_absurd_size_is_refused(tmp_path: Path, kind: bytes, size: int, words: str) -> None:
+    file = with_header(tmp_path / "images.tar", tarfile.TarInfo("01.png"), type=kind, size=size)
+    with pytest.raises(DataError, match=rf"damaged, incomplete or compressed tar archive \({words}"):
+        open_source(file)
+
+
+def test_headers_of_a_tar_that_are_nested_without_end_are_refused(tmp_path: Path) -> None:
+    name = tarfile.TarInfo("././@LongLink")
+    name.type = tarfile.GNUTYPE_LONGNAME
+    (tmp_path / "images.tar").write_bytes(tarfile.TarInfo("00.png").tobuf() + name.tobuf() * 1500 + bytes(1024))
+    with pytest.raises(DataError, match="its headers are nested"):
+        open_source(tmp_path / "images.tar")
+
+
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
 def test_a_tar_cut_off_is_refused(files: list[bytes], tmp_path: Path, share: float) -> None:
     path = write_tar(tmp_path / "images.tar", {f"{i:02d}.png": content for i, content in enumerate(files)})
@@ -122,10 +171,10 @@ def table(files: list[bytes], start: int, stop: int, features: bool = True, **co
     return made.replace_schema_metadata({"huggingface": json.dumps(names)}) if features else made
 
 
-def write_table(path: Path, made) -> Path:
+def write_table(path: Path, made, group: int = 4) -> Path:
     parquet = pytest.importorskip("pyarrow.parquet")
     path.parent.mkdir(exist_ok=True)
-    parquet.write_table(made, path, row_group_size=4)
+    parquet.write_table(made, path, row_group_size=group)
     return path
 
 
@@ -199,6 +248,9 @@ def test_parquet_that_cannot_be_used_is_one_sentence(files: list[bytes], tmp_pat
         write_table(tmp_path / "splits" / f"{split}-00000-of-00001.parquet", table(files, 0, 3))
     with pytest.raises(DataError, match=r"several splits \(test, train\)"):
         open_source(tmp_path / "splits")
+    claim = table(files, 0, 0, image=[{"bytes": None, "path": None}] * 10_000, label=[0] * 10_000)
+    with pytest.raises(DataError, match="claims 10,000 rows, which it cannot hold"):
+        open_source(write_table(tmp_path / "claim.parquet", claim, 10_000))
     with pytest.raises(ConfigError, match="hf:OWNER/NAME"):
         open_source("hf:nonsense")
     monkeypatch.setitem(sys.modules, "pyarrow", None)

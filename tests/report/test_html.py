@@ -150,6 +150,20 @@ def test_a_torn_last_line_and_missing_grids_still_give_a_report(make_run: MakeRu
     assert not any("could not be read" in line for line in found.warnings)
 
 
+def test_telemetry_of_another_shape_still_gives_a_report(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("vrpo", samples=False)
+    rows = [
+        {"objective/gate": [0.5, 0.4], "objective/scaffold_handed_at": "soon", "loss": "x", "denoising_by_time": [1]},
+        {"objective/gate": [[1], None, 0.7], "objective/scaffold_handed_at": [3], "denoising_by_time": [1e308, 2, 3]},
+        {"kind": "evaluation", "metrics": {"fd": 10**400, "\ud800": 2.0}, "protocol": {"guidance_interval": [0.5]}},
+    ]
+    with (run / "metrics.jsonl").open("a") as file:
+        for index, row in enumerate(rows):
+            file.write(json.dumps({"kind": "train", "step": 900 + index, "images": 60_000, **row}) + "\n")
+    compare([run], tmp_path / "r.html", json_file=True)
+    _Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+
+
 def test_many_groups_stand_in_rows(make_run: MakeRun, tmp_path: Path) -> None:
     runs = [
         make_run(f"w{index}", "repa", samples=False, evaluations=2, config={"align": {"weight": 0.1 * index}})

@@ -22,6 +22,8 @@ _LABEL_NAMES = ("label", "labels", "cls", "class", "fine_label")
 _MOST_CLASSES = 10_000_000
 # Rows are read a group at a time, so a group bounds a worker's memory.
 _GROUP_BYTES = 2 << 30
+# Even where images repeat each other, no row takes less of a file.
+_ROW_BYTES = 16
 
 
 def is_parquet_source(path: Path) -> bool:
@@ -98,9 +100,14 @@ def _open_files(path: Path, paths: Sequence[Path], name: str | None = None) -> S
             if columns is not None and told != columns:
                 raise DataError(f"'{file}' has other columns than '{paths[0]}': prepare each kind by itself.")
             columns = told
+            counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            if min(counts, default=0) < 0 or not sum(counts) <= file.stat().st_size // _ROW_BYTES:
+                raise DataError(f"'{file}' claims {sum(counts):,} rows, which it cannot hold: fetch it again.")
             names = names or _class_names(schema, told[1])
             labels = None if told[1] is None else found.read(columns=[told[1]]).column(0).to_pylist()
-        except (OSError, ValueError) as error:  # pyarrow's own errors are both
+            if labels is not None and len(labels) != sum(counts):
+                raise ValueError("rows without labels")
+        except (OSError, ValueError, LookupError, TypeError, NotImplementedError) as error:  # pyarrow's are all of them
             raise DataError(f"'{file}' is a damaged or incomplete parquet file: fetch it again.") from error
         checksum, row = _checksum(file), 0
         for group in range(metadata.num_row_groups):

@@ -7,6 +7,7 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -16,6 +17,7 @@ from vrpo.errors import DataError
 from vrpo.untrusted import parse_json
 
 _LABEL_BYTES = 1 << 20
+_HEADER_BYTES = 1 << 20
 _JSON_NAMES = ("label", "cls", "class", "class_id")
 _MOST_CLASSES = 10_000_000
 
@@ -107,6 +109,8 @@ def _list_shard(path: Path, number: int, prefix: str, listing: _Listing) -> None
         reason = unsafe_name(name)
         if reason is None and (member.issym() or member.islnk()):
             reason = "a link"
+        if reason is None and member.issparse():
+            reason = "a sparse file"
         if reason is not None:
             raise DataError(f"'{path}' has a member that is {reason} ('{name}'): pack it again with plain files only.")
         if not member.isfile() or any(map(hidden, name.split("/"))):
@@ -134,18 +138,49 @@ def _list_shard(path: Path, number: int, prefix: str, listing: _Listing) -> None
 def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, BinaryIO]]:
     """Yield the members of an archive; one that is cut off or compressed is refused."""
     try:
-        with open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-            last = 0
+        with ExitStack() as stack:
+            stream = stack.enter_context(open(path, "rb"))
+            headers = _Headers(stream)
+            archive = stack.enter_context(tarfile.open(fileobj=headers, mode="r:"))  # type: ignore[call-overload]
+            end = 0
             for member in archive:
+                end = archive.offset
+                if end < member.offset_data:
+                    raise tarfile.ReadError("a member has less than no content")
                 yield member, stream
-                last = member.offset_data + -(-member.size // 512) * 512
-            stream.seek(last)
-            if stream.read(512).strip(b"\0") or stream.tell() < last + 512:
+                headers.begin()
+            stream.seek(end)
+            if stream.read(512).strip(b"\0") or stream.tell() < end + 512:
                 raise tarfile.ReadError("it has no end mark")
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, RecursionError) as error:  # a header may hold anything
+        said = "its headers are nested" if isinstance(error, RecursionError) else error
         raise DataError(
-            f"'{path}' is a damaged, incomplete or compressed tar archive ({error}): fetch it again, or unpack it."
+            f"'{path}' is a damaged, incomplete or compressed tar archive ({said}): fetch it again, or unpack it."
         ) from error
+
+
+class _Headers:
+    """The file of an archive, of which the headers of one member may take ``_HEADER_BYTES`` and lie within it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._end = stream, os.fstat(stream.fileno()).st_size
+        self.tell = stream.tell
+        self.begin()
+
+    def begin(self) -> None:
+        """Go on to another member."""
+        self._left = _HEADER_BYTES
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= self._left:
+            raise tarfile.ReadError("a header is too large")
+        self._left -= size
+        return self._stream.read(size)
+
+    def seek(self, position: int) -> int:
+        if not 0 <= position <= self._end:
+            raise tarfile.ReadError("a member lies beyond its end")
+        return self._stream.seek(position)
 
 
 def _read_label(path: Path, name: str, suffix: str, member: tarfile.TarInfo, stream: BinaryIO) -> int | str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -67,7 +66,7 @@ def identity(run: Run) -> dict[str, Any]:
     leaves = {
         key: value for key, value in flatten(run.config).items() if key not in _PLACES and key.split(".")[-1] != "seed"
     }
-    fingerprint = (run.info.get("data") or {}).get("fingerprint")
+    fingerprint = run.info.get("data", {}).get("fingerprint")
     if fingerprint and "data.path" in leaves:
         leaves["data.path"] = f"data {str(fingerprint)[:12]}"
     return leaves
@@ -78,7 +77,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[tuple[Group, ...], list[str]]:
     members: dict[str, list[Run]] = {}
     repeated = []
     for run in runs:
-        key = json.dumps([run.objective, identity(run)], sort_keys=True, default=str)
+        key = repr([run.objective, sorted(identity(run).items())])
         same = members.setdefault(key, [])
         if run.seed in [other.seed for other in same]:
             repeated.append(f"{run.path.name} repeats another run's configuration and seed and is left out.")

@@ -14,7 +14,7 @@ from vrpo.report.charts import curve_charts, telemetry_sections
 from vrpo.report.curves import PairedSpeedUp
 from vrpo.report.figures import PALETTE, Style, assign_styles
 from vrpo.report.groups import Group, identity
-from vrpo.runs import Run, SampleGrid
+from vrpo.runs import Run, SampleGrid, number
 
 if TYPE_CHECKING:
     from vrpo.report.compare import Comparison, EqualQuality, Table
@@ -85,7 +85,7 @@ def render(comparison: Comparison) -> str:
         )
     )
     together = len(comparison.tables) == 1 and len(groups) <= _WIDEST
-    return environment.get_template("report.html.j2").render(
+    page = environment.get_template("report.html.j2").render(
         comparison=comparison,
         styles=styles,
         palette=PALETTE,
@@ -102,6 +102,7 @@ def render(comparison: Comparison) -> str:
         commands=commands(comparison),
         formats=formats,
     )
+    return page.encode("utf-8", "backslashreplace").decode()  # text from JSON may hold half a character
 
 
 def headline(table: Table, comparison: Comparison, styles: dict[str, Style], with_cost: bool) -> Grid:
@@ -281,7 +282,7 @@ def _label_text(run: Run) -> str:
 
 def class_names(run: Run) -> list[Any]:
     """Return the names of the classes, empty where the run did not record them."""
-    data = run.info.get("data") or {}
+    data = run.info.get("data", {})
     return next((data[key] for key in ("class_names", "classes") if isinstance(data.get(key), list)), [])
 
 
@@ -311,13 +312,13 @@ def environments(groups: Sequence[Group]) -> list[tuple[list[tuple[str, str]], l
     found: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for group in groups:
         for run in group.runs:
-            data = run.info.get("data") or {}
+            data = run.info.get("data", {})
             classes = data.get("classes")
             facts = {
                 **{key: run.info.get(key) for key in ("vrpo", "torch", "python", "machine", "device")},
                 "data": data.get("path"),
                 "data fingerprint": str(data["fingerprint"])[:16] if data.get("fingerprint") else None,
-                "images": formats.count(data["images"]) if isinstance(data.get("images"), int) else None,
+                "images": formats.count(number(data["images"])) if "images" in data else None,
                 "classes": len(classes) if isinstance(classes, list) else classes,
             }
             key = tuple((name, str(value)) for name, value in facts.items() if value is not None)

@@ -13,7 +13,7 @@ from typing import Any
 from vrpo.evaluation.protocol import Protocol as Recorded
 from vrpo.evaluation.protocol import network_label
 from vrpo.report.curves import Curve
-from vrpo.runs import Record, Run, flatten
+from vrpo.runs import Record, Run, flatten, number
 
 _LOWER_IS_BETTER = {"fd", "fid", "sfid", "kid", "denoising"}
 _METRIC_NAMES = {
@@ -76,7 +76,7 @@ def evaluation_protocol(record: Record) -> Protocol:
     protocol = Protocol.of(items, network_label(PurePath(features).name if "/" in features else features))
     try:
         text = Recorded.from_dict({**given, "seed": None}).line() if isinstance(given, Mapping) else ""
-    except (TypeError, KeyError, AttributeError, ValueError):  # scored by something else than vrpo evaluate
+    except (TypeError, LookupError, AttributeError, ValueError, ArithmeticError):  # scored by another program
         text = ""
     return replace(
         protocol,
@@ -87,7 +87,7 @@ def evaluation_protocol(record: Record) -> Protocol:
 
 def held_out_protocol(run: Run) -> Protocol:
     """Return the protocol of a run's held-out loss: which data, which loss, which noise."""
-    config, data = flatten(run.config), run.info.get("data") or {}
+    config, data = flatten(run.config), run.info.get("data", {})
     validation = config.get("data.validation")
     items = {
         "score": "denoising loss of the EMA weights on held-out images, noise and times fixed",
@@ -147,11 +147,6 @@ def measure_curves(run: Run) -> dict[Measure, Curve]:
         seconds, scores = zip(*(by_images[position] for position in images), strict=True)
         curves[measure] = Curve(images, seconds, scores)
     return curves
-
-
-def number(value: object) -> float:
-    """Return a float, NaN for anything that is not a number."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 @dataclass(frozen=True)

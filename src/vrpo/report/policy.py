@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from vrpo.report.formats import count
-from vrpo.report.measures import number
-from vrpo.report.telemetry import binned_history
-from vrpo.runs import Run
+from vrpo.report.telemetry import binned_history, stacked, time_bins
+from vrpo.runs import Run, number
 
 _PREFIX = "objective/"
 
@@ -123,10 +122,10 @@ def _last_bins(runs: Sequence[Run], name: str) -> np.ndarray | None:
     """Return the newest logged values by time bin, averaged over runs; NaN where a run has none."""
     rows = []
     for run in runs:
-        found = [record[f"{_PREFIX}{name}"] for record in run.metrics("train") if f"{_PREFIX}{name}" in record]
+        found = [bins for record in run.metrics("train") if (bins := time_bins(record.get(f"{_PREFIX}{name}")))]
         if found:
-            rows.append([number(value) for value in found[-1]])
-    return np.mean(np.array(rows, dtype=float), axis=0) if rows else None
+            rows.append(found[-1])
+    return np.mean(stacked(rows), axis=0) if rows else None
 
 
 def _interval(index: int, bins: int) -> str:

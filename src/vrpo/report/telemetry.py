@@ -11,11 +11,11 @@ from typing import Literal
 import numpy as np
 
 from vrpo.report.curves import Axis
-from vrpo.report.measures import number
-from vrpo.runs import Record, Run
+from vrpo.runs import Record, Run, number
 
 Role = Literal["reward mean", "reward spread", "agreement", "gate", "advantage", "supply", "image count", "other"]
 _PREFIX = "objective/"
+_MOST_BINS = 1000
 
 
 @dataclass(frozen=True)
@@ -142,21 +142,34 @@ def binned_history(runs: Sequence[Run], key: str, columns: int = 64) -> BinnedHi
 
 def _binned_rows(records: Sequence[Record], key: str) -> list[tuple[float, list[float]]]:
     return [
-        (number(record["images"]), [number(value) for value in record[key]])
+        (number(record["images"]), bins)
         for record in records
-        if isinstance(record.get(key), list) and number(record.get("images")) > 0
+        if (bins := time_bins(record.get(key))) and number(record["images"]) > 0
     ]
+
+
+def time_bins(value: object) -> list[float]:
+    """Return a logged value by time bin, NaN where a bin was empty; nothing where it is no list of that kind."""
+    return [number(item) for item in value] if isinstance(value, list) and len(value) <= _MOST_BINS else []
+
+
+def stacked(rows: Sequence[Sequence[float]]) -> np.ndarray:
+    """Return rows of values by time bin as (rows, bins), with NaN where a row has fewer bins than the longest."""
+    table = np.full((len(rows), max(map(len, rows))), np.nan)
+    for index, row in enumerate(rows):
+        table[index, : len(row)] = row
+    return table
 
 
 def last_profile(runs: Sequence[Run], key: str, share: float = 0.2) -> np.ndarray | None:
     """Return a value by time bin, (bins,), averaged over the last ``share`` of records and over runs."""
-    profiles = []
+    profiles: list[list[float]] = []
     for run in runs:
         rows = [values for _, values in _binned_rows(run.metrics("train"), key)]
         if rows:
-            profiles.append(np.array(rows[-max(1, round(share * len(rows))) :], dtype=float))
+            profiles += rows[-max(1, round(share * len(rows))) :]
     if not profiles:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        return np.asarray(np.nanmean(np.concatenate(profiles), axis=0))
+        return np.asarray(np.nanmean(stacked(profiles), axis=0))
