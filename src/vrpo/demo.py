@@ -22,6 +22,7 @@ from vrpo.randomness import mix
 from vrpo.report.compare import compare
 from vrpo.runs import Run, flatten
 from vrpo.training.trainer import Trainer
+from vrpo.untrusted import printable
 from vrpo.vision.convnet import fit_encoder
 
 DIGITS_SIZE = 16
@@ -121,7 +122,7 @@ def _trained_on(run: Path, data: Path) -> bool:
 
 
 def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
+    print(printable(sentence), file=sys.stderr, flush=True)
 
 
 def _prepare(out: Path, source: Path | None, size: int | None) -> tuple[Path, Path]:

@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from vrpo.untrusted import printable
+
 if TYPE_CHECKING:
     from vrpo.training.trainer import Report
 
@@ -55,6 +57,7 @@ class TrainingDisplay:
 
     def say(self, sentence: str) -> None:
         """Print one sentence above the line."""
+        sentence = printable(sentence)
         if self._live is not None:
             self._live.console.print(sentence, markup=False, highlight=False)
         else:
@@ -82,6 +85,7 @@ class TrainingDisplay:
         self._show(what, done, total, f"{done:,} of {total:,}", (done - first) / max(now - began, 1e-9))
 
     def _show(self, what: str, done: int, total: int, detail: str, speed: float) -> None:
+        what = printable(what)
         if self._live is not None:
             if self._task is None:
                 self._task = self._live.add_task(what, total=total, detail=detail)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 import io
+import json
 import math
 import os
 import pickle
@@ -23,15 +24,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from small_run import tiny_config
 
 from vrpo.cli import main
 from vrpo.config_load import to_yaml
+from vrpo.data.prepare import prepare
+from vrpo.data.sources import ArraySource
 from vrpo.data.transforms import decode
+from vrpo.display import TrainingDisplay
 from vrpo.errors import CheckpointError, DataError, EvaluationError
 from vrpo.evaluation.frechet import FeatureStatistics
 from vrpo.evaluation.images import open_images
 from vrpo.evaluation.npz import read_arrays
+from vrpo.evaluation.trunk import DepthTimeTable
 from vrpo.models.weights import read_tensors
 from vrpo.runs import Run
 from vrpo.vision.weight_files import read_weights
@@ -222,11 +228,47 @@ def test_no_command_opens_a_connection_of_itself(
 
 
 def test_a_terminal_is_not_driven_by_the_names_in_data(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(SystemExit):
-        main(["data", "info", str(tmp_path / "no\x1b[2Jsuch")])
-    assert "\x1b" not in capsys.readouterr().err
+    clear = "evil\x1b[2J\x9b1m\ud800"
+    shutil.copytree(finished / "run", tmp_path / "run")
+    facts = {"name": clear, "objective": clear, "status": clear, "data": {"fingerprint": clear, "classes": [clear]}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(facts))
+    for index in range(4):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(tmp_path / "images" / f"{index}.png")
+    record = {"sampler": clear, "steps": 2, "decoder": clear, "label_policy": clear}
+    (tmp_path / "images" / "sampling.json").write_text(json.dumps(record))
+    pictures = np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
+    named = ArraySource(pictures, [0, 1, 0, 1], ("cat\x1b[2J", "dog"), "evil\x1b[2J")
+    prepare(named, tmp_path / "data", size=8, workers=1, progress=False)
+    judge = ["--features", "resnet10t", "--features-weights", "random", "--metrics", "fd", "--device", "cpu"]
+    images = str(tmp_path / "images")
+    monkeypatch.setenv("COLUMNS", "200")
+    for words, said in (
+        (["data", "info", str(tmp_path / "no\x1b[2Jsuch")], "no\\x1b[2Jsuch"),
+        (["data", "info", str(tmp_path / "data")], "cat\\x1b[2J"),
+        (["compare", str(tmp_path / "run"), "--out", str(tmp_path / "report.html")], "evil\\x1b[2J"),
+        (["evaluate", images, "--reference", str(finished / "data"), *judge], "evil\\x1b[2J"),
+        (["evaluate", images, images, "--reference", str(finished / "data"), *judge], "evil\\x1b[2J"),
+    ):
+        with pytest.raises(SystemExit):
+            main(words)
+        printed = "".join(capsys.readouterr())
+        assert said in printed, words
+        assert not re.search("[\x1b\x9b\ud800]", printed), words
+
+
+def test_tables_and_progress_print_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    table = DepthTimeTable("CKNNA", (1,), (0.5,), [[0.1]], {"encoder": "evil\x1b[2J"})
+    Console(width=200).print(table.table())
+    with TrainingDisplay(label="evil\x1b[2J") as display:
+        display.say("evil\x1b[2J")
+        display.progress("evil\x1b[2J", 2, 2)
+    printed = capsys.readouterr()
+    assert printed.out.count("evil\\x1b[2J") == 1
+    assert printed.err.count("evil\\x1b[2J") == 2
+    assert "\x1b" not in printed.out + printed.err
 
 
 def test_the_promises_name_their_tests() -> None:

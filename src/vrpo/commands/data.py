@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 from tyro.conf import Positional
 
-from vrpo.commands.outputs import check_output
+from vrpo.commands.outputs import check_output, tell
 from vrpo.commands.parse import parse
 from vrpo.config import Count, Positive, Seed
-from vrpo.untrusted import printable
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +78,7 @@ def prepare(words: list[str]) -> int:
         shard_bytes=options.shard_mb * 2**20,
         max_pixels=options.max_pixels,
     )
-    print(printable(result.summary()))
+    tell(result.summary())
     return 0
 
 
@@ -112,20 +111,20 @@ def data_info(words: list[str]) -> int:
     manifest = ShardedDataset(options.path).manifest
     counts, done = manifest.counts, manifest.preprocessing
     classes = f"{len(manifest.class_names)} classes" if manifest.class_names else "no labels"
-    print(f"{counts.images:,} images of {done.size} x {done.size}, {classes}, from {printable(manifest.source.name)}")
-    print(f"crop {done.crop}, resample {done.resample}, flip {done.flip}; fingerprint {manifest.fingerprint}")
+    tell(f"{counts.images:,} images of {done.size} x {done.size}, {classes}, from {manifest.source.name}")
+    tell(f"crop {done.crop}, resample {done.resample}, flip {done.flip}; fingerprint {manifest.fingerprint}")
     latents = manifest.latents
     if latents is not None:
         kind = "mean and standard deviation" if latents.posterior else "one value"
         made = "an unknown autoencoder" if latents.autoencoder is None else f"'{latents.autoencoder}'"
         weights = "" if latents.weights is None else f" ({latents.weights[:12]})"
-        print(
+        tell(
             f"latents {latents.channels} x {latents.size} x {latents.size} ({kind}, fp16) of {made}{weights}, "
             f"scaled by {latents.normalisation}; pixels {'kept' if latents.pixels else 'not kept'}"
         )
-    print(f"unreadable {counts.bad:,}, scaled up {counts.upscaled:,}, passed over {counts.ignored:,}")
+    tell(f"unreadable {counts.bad:,}, scaled up {counts.upscaled:,}, passed over {counts.ignored:,}")
     for name, count in zip(manifest.class_names, manifest.class_counts, strict=True):
-        print(f"  {printable(name)}: {count:,}")
+        tell(f"  {name}: {count:,}")
     return 0
 
 
@@ -138,7 +137,7 @@ def data_verify(words: list[str]) -> int:
 
     with TrainingDisplay() as display:
         manifest = verify_dataset(options.path, lambda done, total: display.progress("verifying bytes", done, total))
-    print(f"{options.path}: {manifest.counts.images:,} images in {len(manifest.shards)} shards, all as prepared.")
+    tell(f"{options.path}: {manifest.counts.images:,} images in {len(manifest.shards)} shards, all as prepared.")
     return 0
 
 
@@ -181,7 +180,7 @@ def data_browse(words: list[str]) -> int:
             dataset, named=options.decoder, any_decoder=options.any_decoder, device=_device(options.device)
         )
     shown = browse(dataset, options.html, count=options.count, seed=options.seed, decode=decode)
-    print(f"{shown:,} of {len(dataset):,} samples: {options.html}")
+    tell(f"{shown:,} of {len(dataset):,} samples: {options.html}")
     return 0
 
 
@@ -226,7 +225,7 @@ def encoder_fit(words: list[str]) -> int:
         seed=options.seed,
         device=resolve_device(options.device),
     )
-    print(
+    tell(
         f"Held-out accuracy {result.accuracy:.3f} after {result.steps:,} steps in {result.seconds:.0f} s: {result.path}"
     )
     return 0

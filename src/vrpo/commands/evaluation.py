@@ -18,7 +18,7 @@ from pydantic import Field
 from tyro.conf import Positional
 
 from vrpo.commands.images import Drawing
-from vrpo.commands.outputs import check_output
+from vrpo.commands.outputs import check_output, tell
 from vrpo.commands.parse import parse
 from vrpo.config import Count
 from vrpo.errors import ConfigError, DataError
@@ -128,11 +128,11 @@ def evaluate(words: list[str]) -> int:
             records.append(result.record(source=str(subject.source), **about))
             if options.out is not None:
                 write_json(options.out, records[0] if len(subjects) == 1 else {"evaluations": records})
-                print(f"Written: {options.out}")
+                tell(f"Written: {options.out}")
             elif sampler is not None and subject.run is not None:
                 out = subject.run / "evaluations" / _file_name(sampler.loaded.step, options.judge.features, result)
                 result.save(out, **about)
-                print(f"Written: {out}")
+                tell(f"Written: {out}")
     finally:  # what is scored is told, whatever stops the next
         if results:
             Console().print(results_table(results) if len(results) > 1 else next(iter(results.values())).table())
@@ -273,9 +273,7 @@ def stats(words: list[str]) -> int:
     with replacing(options.out) as unfinished:
         reference.save(unfinished)
     count = "" if reference.record.count is None else f" of {reference.record.count:,} images"
-    print(
-        f"Statistics in {reference.features.name} features{count}, {reference.statistics.width:,} wide: {options.out}"
-    )
+    tell(f"Statistics in {reference.features.name} features{count}, {reference.statistics.width:,} wide: {options.out}")
     return 0
 
 
@@ -325,5 +323,5 @@ def parity(words: list[str]) -> int:
     Console().print(comparison.table())
     if options.out is not None:
         result.save(options.out, published=comparison.record())
-        print(f"Written: {options.out}")
+        tell(f"Written: {options.out}")
     return 0 if comparison.agrees else 1

@@ -11,7 +11,7 @@ import tyro
 from pydantic import Field
 from tyro.conf import Positional
 
-from vrpo.commands.outputs import check_output
+from vrpo.commands.outputs import check_output, tell
 from vrpo.commands.parse import parse
 from vrpo.config import Count, Positive, Seed
 from vrpo.errors import ConfigError
@@ -135,7 +135,7 @@ def sample(words: list[str]) -> int:
                     source, order, outputs, world, lambda done, total: display.progress("sampling", done, total)
                 )
             where = ", ".join(str(path) for path in (outputs.out, outputs.npz, outputs.grid) if path is not None)
-            print(f"{options.count:,} images of {options.run} at {loaded.images:,} training images: {where}")
+            tell(f"{options.count:,} images of {options.run} at {loaded.images:,} training images: {where}")
         else:
             draw_images(source, order, outputs, world)
     return 0
@@ -184,6 +184,6 @@ def compare(words: list[str]) -> int:
     comparison = run_compare(
         options.runs, options.out, title=options.title, baseline=options.baseline, json_file=options.json
     )
-    print(comparison.result)
-    print(f"Report: {options.out}")
+    tell(comparison.result)
+    tell(f"Report: {options.out}")
     return 0

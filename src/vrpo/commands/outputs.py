@@ -1,4 +1,4 @@
-"""Refusing a place that cannot be written before the work is done, not after it."""
+"""What commands leave behind: a place that cannot be written is refused before the work, and results are printed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vrpo.errors import ConfigError
 from vrpo.files import explain_os_error
+from vrpo.untrusted import printable
 
 
 def check_output(out: Path, *, folder: bool = False) -> None:
@@ -29,3 +30,8 @@ def check_output(out: Path, *, folder: bool = False) -> None:
         raise ConfigError(f"--out {out} cannot be written ({explain_os_error(error)}): give another path.") from error
     if not os.access(target, os.W_OK | os.X_OK):
         raise ConfigError(f"--out {out} cannot be written (permission denied): give another path.")
+
+
+def tell(text: str) -> None:
+    """Print a result; control characters, which text from data may hold, are escaped."""
+    print(printable(text))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from vrpo.commands.outputs import tell
 from vrpo.commands.parse import option_names, parse
 from vrpo.config import Count, Positive, RunConfig
 from vrpo.errors import ConfigError
@@ -69,7 +70,7 @@ def plan(words: list[str]) -> int:
         seconds = made.seconds(rate * utilisation, encoder_rate * utilisation)
         basis = f"{utilisation:.0%} of the peak of {options.count} x {machine.name}"
         record = _record(made, machine.name, machine.memory_gb * 1e9, seconds, basis, options)
-    print(json.dumps(record, indent=1) if options.json else _render(record))
+    tell(json.dumps(record, indent=1) if options.json else _render(record))
     return 0
 
 

@@ -12,7 +12,7 @@ import tyro
 from pydantic import Field
 from tyro.conf import Positional
 
-from vrpo.commands.outputs import check_output
+from vrpo.commands.outputs import check_output, tell
 from vrpo.commands.parse import parse
 from vrpo.config import Count, Positive, Seed
 from vrpo.errors import ConfigError, DataError
@@ -82,7 +82,7 @@ class Looking:
         Console().print(result.table())
         out = self.out or run / "evaluations" / f"{name}-step-{loaded.step:08d}.json"
         write_json(out, result.record(run=str(run), step=loaded.step, images=loaded.images))
-        print(f"Written: {out}")
+        tell(f"Written: {out}")
 
 
 @dataclass

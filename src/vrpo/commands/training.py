@@ -11,6 +11,7 @@ import tyro
 from pydantic import Field
 from tyro.conf import Positional
 
+from vrpo.commands.outputs import tell
 from vrpo.commands.parse import option_names, parse
 from vrpo.config import Positive, RunConfig, Seed
 from vrpo.errors import ConfigError, VrpoError
@@ -72,7 +73,7 @@ def train(words: list[str]) -> int:
             )
         if world.first:
             counts = f"{result.images:,} images, {result.seconds:.0f} s of training"
-            print(f"{result.status.capitalize()} at {counts}: {result.run}")
+            tell(f"{result.status.capitalize()} at {counts}: {result.run}")
     return 0 if result.signal is None else 128 + result.signal
 
 
@@ -179,6 +180,6 @@ def demo(words: list[str]) -> int:
         objectives=options.objectives,
         seed=options.seed,
     )
-    print(headline)
-    print(f"Report: {report.resolve()}")
+    tell(headline)
+    tell(f"Report: {report.resolve()}")
     return 0

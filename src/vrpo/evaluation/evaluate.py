@@ -25,6 +25,7 @@ from vrpo.evaluation.precision_recall import NEIGHBOURS, precision_recall
 from vrpo.evaluation.protocol import FeaturesRecord, Protocol, metric_label
 from vrpo.evaluation.reference import Reference, load_reference
 from vrpo.files import write_text
+from vrpo.untrusted import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -96,10 +97,10 @@ def results_table(results: Mapping[str, EvaluationResult]) -> RenderableType:
         column.justify = "right"
     lines: dict[str, list[str]] = {}
     for name, result in results.items():
-        table.add_row(Text(name), *(result.shown(metric) for metric in result.metrics))
+        table.add_row(Text(printable(name)), *(result.shown(metric) for metric in result.metrics))
         lines.setdefault(result.protocol_line, []).append(name)
     whose = "" if len(lines) == 1 else " of {}"
-    texts = [Text(f"Protocol{whose.format(', '.join(names))}: {line}") for line, names in lines.items()]
+    texts = [Text(printable(f"Protocol{whose.format(', '.join(names))}: {line}")) for line, names in lines.items()]
     return Group(table, *texts)
 
 

@@ -12,6 +12,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from vrpo.errors import EvaluationError
+from vrpo.untrusted import printable
 
 if TYPE_CHECKING:
     from vrpo.evaluation.features import FeatureNetwork
@@ -119,7 +120,7 @@ class Protocol:
         return cls(**fields)
 
     def line(self) -> str:
-        """Render the protocol in one line."""
+        """Render the protocol in one line; control characters, which a record of samples may hold, are escaped."""
         reference, features = self.reference, self.features
         size = "moments as given" if reference.count is None else f"{reference.count:,} images"
         precision = "" if features.precision == "float32" else f", {features.precision}"
@@ -139,7 +140,7 @@ class Protocol:
             parts.append(text.format(**self.manifold))
         if self.inception_score:
             parts.append("IS over {chunks} contiguous chunks of {chunk:,}".format(**self.inception_score))
-        return "; ".join(parts)
+        return printable("; ".join(parts)).replace("\n", "\\n")
 
     def _sampling(self) -> str:
         if self.sampler is None:

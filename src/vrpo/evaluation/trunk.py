@@ -20,6 +20,7 @@ from vrpo.evaluation.cknna import NEIGHBOURS, cknna
 from vrpo.evaluation.probe import DECAY, linear_probe
 from vrpo.models.taps import Taps
 from vrpo.models.transformer import DiffusionTransformer
+from vrpo.untrusted import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -122,7 +123,7 @@ class DepthTimeTable:
         for depth, row in zip(self.depths, self.values, strict=True):
             table.add_row(str(depth), *(f"{value:.4f}" for value in row))
         text = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in self.protocol.items())
-        return Group(table, Text(f"Protocol: {text}"))
+        return Group(table, Text(printable(f"Protocol: {text}")))
 
 
 def cknna_by_depth(
