@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import pickle
 import stat
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +151,31 @@ def test_zip_with_a_link_is_refused(tmp_path):
         archive.writestr(link, "/etc/passwd")
     with pytest.raises(DataError, match=r"symbolic link \('cat/link\.png'\)"):
         open_source(path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_zip_members_are_read_without_the_archive_s_directory(tmp_path, method):
+    # In every worker the directory of a million members would take a gigabyte.
+    path = tmp_path / "images.zip"
+    images = {f"cat/{number}.png": encode(noise_image(number, 5, 4)) for number in range(3)}
+    with path.open("wb") as file:
+        file.write(b"a program that unpacks itself")
+        with zipfile.ZipFile(file, "w", method) as archive:
+            for name, content in images.items():
+                with archive.open(zipfile.ZipInfo(name) if name.endswith("1.png") else name, "w") as member:
+                    member.write(content)
+            start = archive.start_dir
+    source = open_source(path)
+    os.truncate(path, start)
+    opener = pickle.loads(pickle.dumps(source.opener))
+    for entry in reversed(source.entries):
+        with opener.open(entry) as stream:
+            assert stream.read() == images[entry.key]
+    content = bytearray(path.read_bytes())
+    content[start - 20] ^= 1
+    path.write_bytes(content)
+    with pytest.raises((zipfile.BadZipFile, OSError, ValueError, EOFError, zlib.error, lzma.LZMAError)):
+        pickle.loads(pickle.dumps(opener)).open(source.entries[-1]).read()
 
 
 def test_zip_with_a_name_twice_is_refused(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+import struct
 import zipfile
 import zlib
 from collections import Counter
@@ -27,8 +28,11 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".
 _SPLIT_NAMES = frozenset({"dev", "test", "testing", "train", "training", "val", "valid", "validation"})
 
 
-Location = str | int | tuple[int, int] | tuple[str, str]
-"""Where an opener finds an entry: a path, a number, file and place in it, or the paths of its parts."""
+Location = str | int | tuple[int, ...] | tuple[str, str]
+"""Where an opener finds an entry: a path, a number, places in files, or the paths of its parts."""
+
+# A zip member's local header: what is known from the directory, then the lengths of its name and of its extra field.
+_LOCAL_HEADER = struct.Struct("<26sHH")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,29 +184,42 @@ class FolderOpener:
 
 @dataclass
 class ZipOpener:
-    """Opens members of a zip archive in place; every process has its own handle."""
+    """Reads members of a zip archive in place, one at a time; every process has its own handle.
+
+    An entry says where its member lies, so that a process need not read the archive's directory: of a million members
+    it takes a gigabyte, in each of as many processes as the machine has cores.
+    """
 
     path: Path
 
     def __post_init__(self) -> None:
-        self._archive: zipfile.ZipFile | None = None
+        self._stream: BinaryIO | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {"path": self.path, "_archive": None}
+        return {"path": self.path, "_stream": None}
 
     def connect(self) -> None:
-        """Open the archive and read its directory, once."""
+        """Open the archive, once."""
         self._connected()
 
     def open(self, entry: Entry) -> BinaryIO:
         """Open one member as a stream; nothing is extracted to disk."""
-        archive = self._connected()
-        return cast(BinaryIO, archive.open(archive.infolist()[cast(int, entry.location)]))
+        offset, compressed, method = cast("tuple[int, int, int]", entry.location)
+        stream = self._connected()
+        stream.seek(offset)
+        header = stream.read(_LOCAL_HEADER.size)
+        if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\3\4":
+            raise zipfile.BadZipFile("its header is damaged")
+        stream.seek(sum(_LOCAL_HEADER.unpack(header)[1:]), os.SEEK_CUR)  # past its name and extra field
+        member = zipfile.ZipInfo()
+        member.compress_type, member.compress_size = method, compressed
+        member.file_size, member.CRC = entry.size, entry.checksum
+        return cast(BinaryIO, zipfile.ZipExtFile(stream, "r", member))
 
-    def _connected(self) -> zipfile.ZipFile:
-        if self._archive is None:
-            self._archive = _open_archive(self.path)
-        return self._archive
+    def _connected(self) -> BinaryIO:
+        if self._stream is None:
+            self._stream = self.path.open("rb")
+        return self._stream
 
 
 @dataclass
@@ -299,7 +316,10 @@ def _open_zip(path: Path) -> Source:
     ignored: Counter[str] = Counter()
     seen: set[str] = set()
     with _open_archive(path) as archive:
-        for index, member in enumerate(archive.infolist()):
+        members = archive.infolist()
+        archive.NameToInfo.clear()
+        while members:
+            member = members.pop()  # let go at once: a member takes more memory than what is kept of it
             key = printable_name(member.filename.replace("\\", "/"))
             _refuse_unsafe(path, key, member)
             if key.endswith("/") or any(map(hidden, key.split("/"))):
@@ -313,7 +333,8 @@ def _open_zip(path: Path) -> Source:
             if member.flag_bits & 1:
                 raise DataError(f"'{path}' is encrypted (member '{key}'): pack it again without a password.")
             seen.add(key)
-            files.append(ListedFile(key, member.file_size, index, member.CRC))
+            place = (member.header_offset, member.compress_size, member.compress_type)
+            files.append(ListedFile(key, member.file_size, place, member.CRC))
     return arrange("zip", path, files, ignored, ZipOpener(path))
 
 
@@ -338,7 +359,9 @@ def arrange(kind: str, path: Path, files: list[ListedFile], ignored: Counter[str
     if not files:
         raise DataError(_nothing_found(path, ignored))
     files.sort(key=lambda file: file.key.encode())
-    folders = [file.key.split("/")[:-1] for file in files]
+    parents = (file.key.rpartition("/")[0] for file in files)
+    known: dict[str, list[str]] = {}  # one list a folder, not one a file
+    folders = [known.setdefault(parent, parent.split("/") if parent else []) for parent in parents]
     depth = 0
     # A folder that wraps everything is no class, as long as there are folders within it.
     while all(len(f) > depth and f[depth] == folders[0][depth] for f in folders) and any(
