@@ -177,7 +177,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         version = int(content["version"])
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
-            f"'{path}' holds no prepared data set (no {MANIFEST}): make one with 'vrpo prepare SOURCE {path}'."
+            f"'{path}' holds no prepared data set (no {MANIFEST}): make one with 'vrpo prepare SOURCE {path} --size N'."
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise _damaged_manifest(file, str(error)) from error
