@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -186,6 +187,21 @@ def test_micro_batches_sum_to_the_step(make_config: Any, tmp_path: Path) -> None
     run(make_config(align=align, train={"micro_batch": 2}), tmp_path / "split")
     for name, value in weights(tmp_path / "whole").items():
         torch.testing.assert_close(weights(tmp_path / "split")[name], value, rtol=2e-3, atol=2e-5)
+
+
+def test_a_pass_is_let_go_before_the_next(make_config: Any, tmp_path: Path) -> None:
+    trainer = Trainer(make_config(align={"objective": "vrpo"}, train={"micro_batch": 2}), tmp_path / "run")
+    before: list[weakref.ref[torch.Tensor]] = []
+    alive = []
+
+    def enter(module: torch.nn.Module, inputs: Any) -> None:
+        alive.append(any(loss() is not None for loss in before))
+
+    trainer.module.register_forward_pre_hook(enter)
+    trainer.module.register_forward_hook(lambda module, inputs, output: before.append(weakref.ref(output.loss)))
+    for step in range(2):
+        trainer._train_step(trainer.loader.batch(step))
+    assert alive == [False] * 8
 
 
 def test_noisings_share_images_and_spread_times(make_config: Any, tmp_path: Path) -> None:

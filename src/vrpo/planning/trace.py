@@ -195,6 +195,7 @@ def run_step(
         label_dropout=config.model.label_dropout,
         device=device,
         token_width=module.trunk.token_width,
+        pairing=config.align.token.pairing if module.trunk.token_width else "none",
     )
 
     ends_early = config.align.side == "haste" or config.align.supply != "none"

@@ -246,6 +246,7 @@ class Trainer:
             if output.token_loss is not None:
                 self._meter.add("token_loss", output.token_loss)
             self._by_time.add(output.denoising, output.unit_time)
+            del output  # its graph holds what the objective answers with, which must not outlive the pass
         self.parallel.finish()
         norm = self.optimizer.step(self.images + train.batch_size)
         self._watch.end(self.step, self.optimizer.skipped_in_a_row)
