@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toy import BATCH, CHANNELS, SIDE, TOKENS, Data, gradients, objective, trunk, warm
 
-from vrpo.alignment.image_distance import WithImageDistance, add_image_distance, choose
+from vrpo.alignment.image_distance import WithImageDistance, choose, load_distance
 from vrpo.alignment.objective import AlignmentBatch, Objective
 from vrpo.config import ImageDistanceConfig
 from vrpo.config_load import validate
@@ -240,7 +240,9 @@ def test_off_and_not_yet_on_change_no_bit(name: str) -> None:
 
 def add(config: ImageDistanceConfig, align: Objective | None = None, **changes: Any) -> Objective:
     shape: dict[str, Any] = {"channels": 3, "image_size": SIDE, "tokens": TOKENS, "device": torch.device("cpu")}
-    return add_image_distance(align or Objective(), config, **(shape | changes))
+    distance = load_distance(config, **(shape | changes))
+    inner = align or Objective()
+    return inner if distance is None else WithImageDistance(inner, distance, config)
 
 
 def random_encoder(**settings: Any) -> ImageDistanceConfig:

@@ -55,6 +55,15 @@ def measured_peak(config: RunConfig, run: Path) -> int:
     return live.peak
 
 
+DISTANCE = {
+    "kind": "encoder",
+    "network": "resnet10t",
+    "network_weights": "random",
+    "input_size": 64,
+    "start": 0.0,
+    "max_time": 1.0,
+    "fraction": 1.0,
+}
 CASES: list[tuple[dict[str, Any], bool]] = [
     ({"align": {"objective": "none"}}, True),
     ({"align": {"objective": "repa"}}, False),
@@ -67,12 +76,14 @@ CASES: list[tuple[dict[str, Any], bool]] = [
     ({"align": {"objective": "vrpo"}, "train": {"precision": "bf16", "micro_batch": 8, "noisings": 4}}, True),
     ({"align": {"objective": "reg"}}, False),
     ({"align": {"objective": "repi"}}, False),
+    ({"align": {"objective": "none", "perceptual_image": DISTANCE}}, True),
     ({"align": {"objective": "none"}, "model": {"name": "DiT-Ti/2"}, "sample": {"sampler": "ddim"}}, False),
 ]
 
 
 def case_name(over: dict[str, Any]) -> str:
-    return "-".join(str(value) for part in over.values() for value in part.values()).replace("/", "")
+    values = (value for part in over.values() for value in part.values())
+    return "-".join("distance" if value is DISTANCE else str(value) for value in values).replace("/", "")
 
 
 @pytest.mark.parametrize(

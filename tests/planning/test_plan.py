@@ -41,6 +41,14 @@ def test_a_plan_for_a_machine_that_is_not_here(capsys: pytest.CaptureFixture[str
     )
 
 
+def test_an_image_distance_is_counted_without_its_files(capsys: pytest.CaptureFixture[str]) -> None:
+    distance = "--align.perceptual-image.kind lpips --align.perceptual-image.network alex"
+    plain, beside = (json.loads(run(capsys, f"{SMALL} {words} --json")[1]) for words in ("", distance))
+    held = [plan["memory"]["encoders"] for plan in (plain, beside)]
+    assert held[1] - held[0] > 4 * 2.4e6  # AlexNet's convolutions
+    assert beside["flops"]["objective"] > plain["flops"]["objective"] == 0
+
+
 def test_the_table_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, SMALL)
     assert code == 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Any
 
+from vrpo.alignment.image_distance import Distance, WithImageDistance
 from vrpo.alignment.objective import Objective
 from vrpo.alignment.scaffold import WithScaffold
 from vrpo.alignment.static import Contrastive, Irepa, Repa
@@ -46,12 +47,16 @@ class TrunkShape:
 
 
 def build_objective(
-    config: AlignConfig, trunk: TrunkShape, encoder_widths: Sequence[int], key_value_widths: tuple[int, int] = (0, 0)
+    config: AlignConfig,
+    trunk: TrunkShape,
+    encoder_widths: Sequence[int],
+    key_value_widths: tuple[int, int] = (0, 0),
+    distance: Distance | None = None,
 ) -> Objective:
     """Return the objective that ``config`` names.
 
     ``encoder_widths`` are the channels C_e of each encoder, ``key_value_widths`` those of the first encoder's keys and
-    values where a scaffold reads them.
+    values where a scaffold reads them, ``distance`` what ``load_distance`` made of its image distance.
 
     Raises:
         ConfigError: blocks that the transformer does not have, a grid that the objective cannot use, no encoder.
@@ -76,7 +81,9 @@ def build_objective(
             key_width=key_width,
             value_width=value_width,
         )
-    return WithToken(objective, config.token) if config.uses_token else objective
+    if config.uses_token:
+        objective = WithToken(objective, config.token)
+    return objective if distance is None else WithImageDistance(objective, distance, config.perceptual_image)
 
 
 def scaffold_depth(config: AlignConfig, model_size: str, model_depth: int) -> int:

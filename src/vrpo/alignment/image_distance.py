@@ -12,7 +12,7 @@ from math import isqrt
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from vrpo.alignment.objective import AlignmentBatch, Objective, Wrapper
 from vrpo.alignment.schedule import Schedule
@@ -132,33 +132,27 @@ class WithImageDistance(Wrapper):
         return logs
 
 
-def add_image_distance(
-    objective: Objective,
-    config: ImageDistanceConfig,
-    *,
-    channels: int,
-    image_size: int,
-    tokens: int,
-    device: torch.device,
-) -> Objective:
-    """Return ``objective`` with the distance that ``config`` asks for, or itself where it asks for none.
+def load_distance(
+    config: ImageDistanceConfig, *, channels: int, image_size: int, tokens: int, device: torch.device
+) -> nn.Module | None:
+    """Return the ``Distance`` that ``config`` asks for, its weights those of a module, or None where it asks for none.
 
     ``channels`` and ``image_size`` are those of the latents, ``tokens`` the N of the trunk's grid, ``device`` where
     the frozen network runs. Raises ConfigError for latents that are not images and for settings that do not fit,
     CheckpointError for weights that cannot be used.
     """
     if config.kind == "none":
-        return objective
+        return None
     if channels != 3:
         raise ConfigError(
             f"{FIELD}.kind '{config.kind}' compares images, but the latents have {channels} channels: train on pixels, "
             f"or set {FIELD}.kind none."
         )
     make = _lpips if config.kind == "lpips" else _encoder_distance
-    return WithImageDistance(objective, make(config, image_size, tokens, device), config)
+    return make(config, image_size, tokens, device)
 
 
-def _lpips(config: ImageDistanceConfig, image_size: int, tokens: int, device: torch.device) -> Distance:
+def _lpips(config: ImageDistanceConfig, image_size: int, tokens: int, device: torch.device) -> nn.Module:
     from vrpo.vision.perceptual import Lpips
 
     if config.network_weights is None or config.linear_weights is None:
@@ -175,7 +169,7 @@ def _lpips(config: ImageDistanceConfig, image_size: int, tokens: int, device: to
     return distance.to(device)
 
 
-def _encoder_distance(config: ImageDistanceConfig, image_size: int, tokens: int, device: torch.device) -> Distance:
+def _encoder_distance(config: ImageDistanceConfig, image_size: int, tokens: int, device: torch.device) -> nn.Module:
     from vrpo.vision.encoders import load_encoder
     from vrpo.vision.perceptual import EncoderDistance, token_features
 
@@ -191,4 +185,6 @@ def _encoder_distance(config: ImageDistanceConfig, image_size: int, tokens: int,
         # A gradient through a whole network is worth float32, and few images are compared.
         dtype=torch.float32,
     )
-    return EncoderDistance(token_features(encoder))
+    distance = EncoderDistance(token_features(encoder))
+    distance.add_module("encoder", encoder)  # which is nobody else's
+    return distance

@@ -12,7 +12,15 @@ from vrpo.alignment.objective import TargetBatch
 from vrpo.config import RunConfig
 from vrpo.errors import ConfigError
 from vrpo.planning.plan import Plan
-from vrpo.planning.trace import DataShape, build_networks, precision_of, random_encoder, run_step, targets_like
+from vrpo.planning.trace import (
+    DataShape,
+    build_networks,
+    precision_of,
+    random_distance,
+    random_encoder,
+    run_step,
+    targets_like,
+)
 from vrpo.sampling import build_denoising
 from vrpo.training.optim import Optimizer
 from vrpo.training.step import DenoisingStep
@@ -56,7 +64,7 @@ def measure(config: RunConfig, shape: DataShape, plan: Plan, *, device: torch.de
             for encoder in config.encoders
         ]
         widths = tuple(encoder.width for encoder in encoders)
-        trunk, objective = build_networks(config, shape, widths)
+        trunk, objective = build_networks(config, shape, widths, random_distance(config, shape, device))
     module = DenoisingStep(trunk, objective, build_denoising(trunk.kind, config.diffusion), precision_of(config))
     optimizer = Optimizer(module.parameters(), config.train, device)
 

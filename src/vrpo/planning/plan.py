@@ -31,8 +31,8 @@ class DataFacts:
 class Memory:
     """Bytes of one process at the highest moment of a step.
 
-    ``objective`` holds the weights and moments of projectors and the like; ``encoders`` their weights and, where that
-    is more than the step needs, what they work in.
+    ``objective`` holds the weights and moments of projectors and the like; ``encoders`` their weights,
+    those of an image distance and, where that is more than the step needs, what they work in.
     """
 
     weights: int
@@ -207,7 +207,7 @@ def _memory(
         ema=step.trunk_bytes // shards,
         moments=2 * FLOAT * step.trunk_parameters // shards,
         objective=step.objective_bytes + 2 * FLOAT * step.objective_parameters,
-        encoders=sum(encoder.bytes for encoder in encoders) + beyond,
+        encoders=sum(encoder.bytes for encoder in encoders) + step.distance_bytes + beyond,
         gradients=gradients,
         activations=activations,
     )

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from math import ceil
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,10 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from vrpo.alignment.build import TrunkShape, build_objective
+from vrpo.alignment.image_distance import load_distance
 from vrpo.alignment.objective import Objective, TargetBatch
 from vrpo.alignment.scaffold import WithScaffold
 from vrpo.config import EncoderConfig, RunConfig
-from vrpo.models.transformer import DiffusionTransformer, build_transformer
+from vrpo.models.transformer import DiffusionTransformer, build_transformer, parse_model_name
 from vrpo.planning.live_bytes import LiveBytes, storages
 from vrpo.sampling import DTYPES, build_denoising
 from vrpo.training.step import DenoisingStep, draw_step
@@ -31,6 +34,21 @@ from vrpo.vision.encoders import CONV_NAME, Encoder, load_backbone, load_encoder
 
 
 class _ShapesOnly(FakeTensorMode):
+    """Shapes alone; of a mask's entries the share ``true`` counts as true."""
+
+    def __init__(self, true: float = 1.0) -> None:
+        # A frozen network that was loaded outside stands for its shapes.
+        super().__init__(allow_non_fake_inputs=True)
+        self.true = true
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = MappingProxyType({})
+    ) -> Any:
+        if func is torch.ops.aten.nonzero.default:
+            (mask,) = args
+            return torch.empty(ceil(self.true * mask.numel()), mask.ndim, dtype=torch.int64, device=mask.device)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> _ShapesOnly:
         return self  # a copied network belongs to the same mode
 
@@ -61,6 +79,7 @@ class StepTrace:
     objective_parameters: int
     trunk_bytes: int
     objective_bytes: int
+    distance_bytes: int
 
 
 @dataclass(frozen=True)
@@ -112,10 +131,12 @@ def trace_step(
     config: RunConfig, shape: DataShape, encoder_widths: tuple[int, ...], *, share: int, micro: int
 ) -> StepTrace:
     """Follow a step of ``share`` noised images, ``micro`` at a time, in one of several processes or the only one."""
-    with _ShapesOnly(), warnings.catch_warnings():
+    distance = random_distance(config, shape, torch.device("cpu"))
+    compared = config.align.perceptual_image
+    with _ShapesOnly(compared.max_time * compared.fraction), warnings.catch_warnings():
         # Copying a network asks whether its tensors have memory; these have none.
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        trunk, objective = build_networks(config, shape, encoder_widths)
+        trunk, objective = build_networks(config, shape, encoder_widths, distance)
         for part in objective.modules():
             if isinstance(part, WithScaffold):
                 part.begin()
@@ -133,13 +154,17 @@ def trace_step(
             objective_parameters=_trainable(objective),
             trunk_bytes=_bytes(trunk),
             objective_bytes=_bytes(objective),
+            distance_bytes=0 if distance is None else _bytes(distance),
         )
 
 
 def build_networks(
-    config: RunConfig, shape: DataShape, encoder_widths: tuple[int, ...]
+    config: RunConfig, shape: DataShape, encoder_widths: tuple[int, ...], distance: nn.Module | None
 ) -> tuple[DiffusionTransformer, Objective]:
-    """Return the trunk and the objective of a run on data of that shape."""
+    """Return the trunk and the objective of a run on data of that shape, with ``random_distance``'s distance.
+
+    The distance is there from the beginning, so that it is counted together with what ends early.
+    """
     trunk = build_transformer(
         config.model.name,
         input_size=shape.input_size,
@@ -153,7 +178,28 @@ def build_networks(
     # Keys and values of a vision transformer are as wide as its tokens, all heads together.
     key_value_widths = (encoder_widths[0], encoder_widths[0]) if config.align.supply != "none" else (0, 0)
     shape_of_trunk = TrunkShape.of(trunk, config.model.name)
-    return trunk, build_objective(config.align, shape_of_trunk, encoder_widths, key_value_widths)
+    always = config.align.perceptual_image.model_copy(update={"start": 0.0, "weight": 1.0})
+    align = config.align.model_copy(update={"perceptual_image": always})
+    return trunk, build_objective(align, shape_of_trunk, encoder_widths, key_value_widths, distance)
+
+
+def random_distance(config: RunConfig, shape: DataShape, device: torch.device) -> nn.Module | None:
+    """Return the image distance of a run with weights of no meaning, or None where it has none.
+
+    Raises:
+        ConfigError: as ``load_distance``.
+    """
+    settings = config.align.perceptual_image
+    patch_size = parse_model_name(config.model.name).patch_size
+    own = settings.kind == "encoder" and settings.network == CONV_NAME  # whose file says what it is
+    weights = settings.network_weights if own else "random"
+    return load_distance(
+        settings.model_copy(update={"network_weights": weights, "linear_weights": "random"}),
+        channels=shape.in_channels,
+        image_size=shape.input_size,
+        tokens=(shape.input_size // patch_size) ** 2,
+        device=device,
+    )
 
 
 def precision_of(config: RunConfig) -> torch.dtype:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vrpo.alignment.build import TrunkShape, build_objective, check_depths
-from vrpo.alignment.image_distance import add_image_distance
+from vrpo.alignment.image_distance import load_distance
 from vrpo.alignment.objective import Objective
 from vrpo.config import RunConfig
 from vrpo.data.shards import ShardedDataset
@@ -153,17 +153,16 @@ def build_parts(config: RunConfig, say: Say, progress: Any = None, world: World 
     if config.align.uses_token:
         torch.manual_seed(mix(config.seed, STREAM_INIT, 2) >> 1)
         trunk.add_token(targets.class_width)
-    torch.manual_seed(mix(config.seed, STREAM_INIT, 1) >> 1)
-    objective = build_objective(
-        config.align, TrunkShape.of(trunk, config.model.name), targets.widths, targets.key_value_widths
-    )
-    objective = add_image_distance(
-        objective,
+    distance = load_distance(
         config.align.perceptual_image,
         channels=dataset.in_channels,
         image_size=dataset.input_size,
         tokens=trunk.num_tokens,
         device=device,
+    )
+    torch.manual_seed(mix(config.seed, STREAM_INIT, 1) >> 1)
+    objective = build_objective(
+        config.align, TrunkShape.of(trunk, config.model.name), targets.widths, targets.key_value_widths, distance
     )
     return Parts(
         config=config,

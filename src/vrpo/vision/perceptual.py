@@ -92,6 +92,7 @@ def _unit_tokens(tokens: Tensor) -> Tensor:
     return F.normalize(tokens, dim=-1, eps=1e-6)
 
 
+RANDOM = "random"
 _LPIPS_LAYERS = {
     "alex": ((2, 64), (5, 192), (8, 384), (10, 256), (12, 256)),
     "vgg": ((4, 64), (9, 128), (16, 256), (23, 512), (30, 512)),
@@ -103,9 +104,10 @@ class Lpips(nn.Module):
     """LPIPS (arXiv 1801.03924) from local files: torchvision's AlexNet or VGG-16, and its linear weights.
 
     ``backbone`` holds torchvision's keys (``features.0.weight``...; a classifier is ignored) and ``linear``
-    those of the ``lpips`` package (``lin0.model.1.weight``...). Images are resized (bicubic) to ``input_size``
-    pixels a side, or taken as they are; below ``smallest`` pixels nothing is left of them. Raises ConfigError for a
-    ``network`` other than alex and vgg, CheckpointError for files that are missing or of another network.
+    those of the ``lpips`` package (``lin0.model.1.weight``...); or either is ``"random"``. Images are resized
+    (bicubic) to ``input_size`` pixels a side, or taken as they are; below ``smallest`` pixels nothing is left of
+    them. Raises ConfigError for a ``network`` other than alex and vgg, CheckpointError for files that are missing or
+    of another network.
     """
 
     shift: Tensor
@@ -122,17 +124,8 @@ class Lpips(nn.Module):
         if network not in _LPIPS_LAYERS:
             raise ConfigError(f"LPIPS has no network '{network}': {nearest(network, _LPIPS_LAYERS)}")
         self.input_size, self.smallest = input_size, _LPIPS_SMALLEST[network]
-        backbone, linear = Path(backbone), Path(linear)
         layers = _LPIPS_LAYERS[network]
         features: nn.Sequential = (alexnet if network == "alex" else vgg16)(weights=None).features
-        name = {"alex": "torchvision's AlexNet", "vgg": "torchvision's VGG-16"}[network]
-        fit_weights(
-            nn.ModuleDict({"features": features}),
-            read_weights(backbone),
-            architecture=name,
-            source=backbone,
-            may_be_extra=("classifier",),
-        )
         ends = (0, *(end for end, _ in layers))
         self.stages = nn.ModuleList(features[start:end] for start, end in pairwise(ends))
         self.heads = nn.ModuleList(nn.Conv2d(channels, 1, 1, bias=False) for _, channels in layers)
@@ -141,7 +134,14 @@ class Lpips(nn.Module):
             f"lin{index}": nn.ModuleDict({"model": nn.Sequential(nn.Identity(), head)})
             for index, head in enumerate(self.heads)
         }
-        fit_weights(nn.ModuleDict(wrapped), read_weights(linear), architecture=f"LPIPS on {name}", source=linear)
+        name = {"alex": "torchvision's AlexNet", "vgg": "torchvision's VGG-16"}[network]
+        for module, file, of, extra in (
+            (nn.ModuleDict({"features": features}), backbone, name, ("classifier",)),
+            (nn.ModuleDict(wrapped), linear, f"LPIPS on {name}", ()),
+        ):
+            if file != RANDOM:
+                source = Path(file)
+                fit_weights(module, read_weights(source), architecture=of, source=source, may_be_extra=extra)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
         self.requires_grad_(False)
