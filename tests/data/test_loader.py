@@ -97,6 +97,23 @@ def test_batches_are_those_of_the_order_and_mirrored_by_the_coin():
     assert any(batch.flipped.any() for batch in batches)
 
 
+def test_what_is_cached_of_the_rows_is_read_by_the_thread():
+    threads = []
+
+    class Cache:
+        def read(self, indices, flipped, pinned):
+            assert not pinned
+            threads.append(threading.current_thread().name)
+            return torch.from_numpy(np.stack([indices, flipped], axis=1))
+
+    for batch in Loader(Rows(20), 8, seed=3, flip=True, caches=[Cache(), Cache()]).batches(0, 4):
+        assert len(batch.cached) == 2
+        for rows in batch.cached:
+            np.testing.assert_array_equal(rows[:, 0], batch.indices)
+            assert torch.equal(rows[:, 1].bool(), batch.flipped)
+    assert threads == ["vrpo-loader"] * 8
+
+
 def test_without_flips_or_labels():
     batch = next(Loader(Rows(20, labelled=False), 8, seed=3, flip=False).batches(0))
     assert batch.labels is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from vrpo.errors import ConfigError, DataError
 from vrpo.sampling import RunSampler
 from vrpo.training.latents import CleanLatents
 from vrpo.training.trainer import Trainer
+from vrpo.vision.cache import TokenCache
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,39 @@ def test_held_out_latents_are_scaled_as_the_training_data_is(
     one, two = ([record["denoising"] for record in records(tmp_path / name, "validation")] for name in ("one", "two"))
     assert len(one) > 1
     assert one == two
+
+
+def test_cached_tokens_are_read_ahead_and_cost_no_pixels(
+    make_config: Any, latents: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = {"encoder": {"cache": True}, "data": {"validation": None}}
+    trainer = Trainer(configure(make_config, latents, "repa", **over), tmp_path / "run", say=lambda sentence: None)
+    threads = []
+    read = TokenCache.read
+
+    def watched(cache: TokenCache, *args: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return read(cache, *args)
+
+    monkeypatch.setattr(TokenCache, "read", watched)
+    monkeypatch.setattr(ShardedDataset, "read", lambda *_: pytest.fail("no pixel is needed"))
+    trainer.train()
+    assert set(threads) == {"vrpo-loader"}
+    monkeypatch.undo()
+    run(configure(make_config, latents, "repa", data={"validation": None}), tmp_path / "online")
+    cached, online = ([r["alignment"] for r in records(tmp_path / name, "train")] for name in ("run", "online"))
+    assert cached == pytest.approx(online, abs=2e-3)
+
+
+@pytest.mark.parametrize(("weight", "wanted"), [(0.0, False), (0.1, True)])
+def test_a_reward_that_looks_at_images_gets_them(
+    weight: float, wanted: bool, make_config: Any, latents: Any, tmp_path: Path
+) -> None:
+    align = {"objective": "vrpo", "vrpo": {"perceptual": weight}}
+    data = {"path": str(latents[0]), "validation": None}
+    config = make_config(align=align, model={"name": "SiT-N/2"}, data=data, encoder={"cache": True})
+    trainer = Trainer(config, tmp_path / "run", say=lambda sentence: None)
+    assert (trainer.loader.batch(0).pixels is not None) is wanted
 
 
 def test_samples_decode_by_the_recorded_autoencoder_only(

@@ -36,7 +36,8 @@ def test_cached_tokens_are_those_computed_online(tmp_path, encoder, rows):
     flipped = np.array([True, False, False, True, True, False, True])
     images = rows.images[order]
     images = torch.where(torch.from_numpy(flipped)[:, None, None, None], images.flip(-1), images)
-    found = TokenCache(tmp_path, encoder, rows, flips=True).read(order, flipped)
+    stored = TokenCache(tmp_path, encoder, rows, flips=True)
+    found = stored.split(stored.read(order, flipped)).tokens
     assert found.dtype == torch.float16
     expected = encoder.tokens(images)
     assert expected.std() > 0.01
@@ -107,7 +108,7 @@ def test_tokens_of_anything_else_lie_elsewhere(tmp_path, encoder, rows, memory_r
 
 def test_without_flips_mirrored_images_are_refused(tmp_path, encoder, rows):
     cache = TokenCache(tmp_path, encoder, rows, flips=False).build()
-    assert cache.read(np.arange(3)).shape == (3, 4, encoder.width)
+    assert cache.read(np.arange(3)).shape == (3, 4 * encoder.width)
     with pytest.raises(DataError, match="holds no mirrored images"):
         cache.read(np.arange(2), np.array([False, True]))
 

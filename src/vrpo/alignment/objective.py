@@ -54,7 +54,7 @@ class AlignmentBatch:
         targets: for each encoder, its tokens of the clean images, (B, N, C_e) float32, not normalised.
         time: (B,) in [0, 1], 0 = data, 1 = noise.
         clean: clean latents z0, (B, C, H, W).
-        images: the clean images as uint8 (B, 3, h, w), or None where only latents are stored.
+        images: the clean images as uint8 (B, 3, h, w), or None where latents are trained on and nothing asked for them.
         images_seen: images the run has trained on before this step.
         budget: images the run will train on in all.
         sample_weight: the factor with which one image's denoising loss enters the scalar that is differentiated:
@@ -93,6 +93,8 @@ class Objective(nn.Module):
     name = "none"
     depths: tuple[int, ...] = ()
     """Blocks, counted from 1, after which tokens are aligned."""
+    reads_images = False
+    """Whether it reads a batch's ``images``, which otherwise need not be there."""
 
     def taps(self, batch: AlignmentBatch) -> Taps:
         """Return the functions to call inside the transformer for this micro-batch."""
@@ -144,6 +146,7 @@ class Wrapper(Objective):
         super().__init__()
         self.objective = objective
         self.name, self.depths = objective.name, objective.depths
+        self.reads_images = objective.reads_images
 
     def taps(self, batch: AlignmentBatch) -> Taps:
         """Return the inner objective's taps."""

@@ -56,10 +56,13 @@ class Reward(nn.Module):
 
     Class attributes:
         reads_gradient: whether it reads ``context.improvement``, which costs a product through the projector.
+        reads_images: whether it may read ``context.batch.images``, which cost reading where latents are trained on and
+            tokens are cached.
         differentiable: whether it has a preference; one without can only be used in sampled mode.
     """
 
     reads_gradient = False
+    reads_images = True
     differentiable = True
 
     def __init__(self, width: int) -> None:
@@ -136,6 +139,8 @@ class _Scored(Reward):
 class Semantic(Reward):
     """``<a, y>``: agreement with the encoder's token of the same patch."""
 
+    reads_images = False
+
     def score(self, actions: Actions, context: RewardContext) -> Tensor:
         """Return the cosine of every action with its target."""
         return actions.dot(context.target)
@@ -153,6 +158,8 @@ class Relational(Reward):
     more tokens than channels, C is applied as two products with ``y``; only otherwise is the (C, C) matrix
     formed.
     """
+
+    reads_images = False
 
     def score(self, actions: Actions, context: RewardContext) -> Tensor:
         """Return minus the mean squared difference of agreement over the image's tokens."""
@@ -183,6 +190,7 @@ class Fidelity(Reward):
     """
 
     reads_gradient = True
+    reads_images = False
 
     def score(self, actions: Actions, context: RewardContext) -> Tensor:
         """Return the fall of the token's denoising loss."""

@@ -93,9 +93,9 @@ class Vrpo(Repa):
             PolicyHead(settings, projector, encoder_widths[encoder], list(self.weights), keep_old=keep_old)
             for (_, encoder), projector in zip(self.heads, self.projectors, strict=True)
         )
-        self.reads_gradient = settings.gate or any(
-            policy.reward(name).reads_gradient for policy in self._policies() for name in self.weights
-        )
+        rewards = [policy.reward(name) for policy in self._policies() for name in self.weights]
+        self.reads_gradient = settings.gate or any(reward.reads_gradient for reward in rewards)
+        self.reads_images = any(reward.reads_images for reward in rewards)
         self._check(tokens)
         self._step: _Step | None = None
         self._alpha: float = 1.0

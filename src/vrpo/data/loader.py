@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -47,12 +47,20 @@ class LatentRows(Protocol):
         """Return all labels int64 (N,) or None."""
 
 
+class CachedRows(Protocol):
+    """What was computed of every row beforehand, such as an encoder's tokens."""
+
+    def read(self, indices: NDArray[np.int64], flipped: NDArray[np.bool_] | None, pinned: bool) -> Tensor:
+        """Return rows (B, F), those of the mirror image where ``flipped`` (B,), in page-locked memory on ``pinned``."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """The samples of one step on one rank.
 
     Rows ``indices`` int64 (B,), ``pixels`` uint8 (B, C, H, W) or None where they are not read, ``labels`` int64 (B,) or
-    None, ``flipped`` bool (B,), true where the sample is mirrored, and stored ``latents`` float16 (B, C, h, w) or None.
+    None, ``flipped`` bool (B,), true where the sample is mirrored, stored ``latents`` float16 (B, C, h, w) or None, and
+    the rows (B, F) of each of the loader's ``caches``.
     """
 
     step: int
@@ -61,6 +69,7 @@ class Batch:
     labels: Tensor | None
     flipped: Tensor
     latents: Tensor | None = None
+    cached: tuple[Tensor, ...] = ()
 
 
 class BatchOrder:
@@ -115,8 +124,9 @@ class Loader:
 
     ``batch_size`` is global; rank r takes rows r B/W .. (r + 1) B/W - 1 of each batch. ``flip`` mirrors
     samples at random, each with probability one half. ``wait_seconds`` is the time that consumers have waited
-    for data so far. With ``latents`` those are read too, and without ``pixels`` only they are. Raises ConfigError
-    where the batch cannot be divided among the ranks.
+    for data so far. With ``latents`` those are read too, and without ``pixels`` only they are; of ``caches`` the same
+    rows are read. Up to ``prefetch`` + 2 batches are in memory at one time. Raises ConfigError where the batch cannot
+    be divided among the ranks.
     """
 
     def __init__(
@@ -131,6 +141,7 @@ class Loader:
         pin_memory: bool = False,
         latents: LatentRows | None = None,
         pixels: bool = True,
+        caches: Sequence[CachedRows] = (),
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             below = max(world_size, batch_size // world_size * world_size)
@@ -144,6 +155,7 @@ class Loader:
         self.pin_memory = pin_memory
         self.latents = latents
         self.pixels = pixels
+        self.caches = caches
         self.wait_seconds = 0.0
         share = batch_size // world_size
         self._share = slice(rank * share, (rank + 1) * share)
@@ -175,7 +187,8 @@ class Loader:
                 None if part is None else part.pin_memory() for part in (pixels, labels, latents)
             )
             flipped = flipped.pin_memory()
-        return Batch(step, indices, pixels, labels, flipped, latents)
+        cached = tuple(cache.read(indices, flips, self.pin_memory) for cache in self.caches)
+        return Batch(step, indices, pixels, labels, flipped, latents, cached)
 
     def batches(self, start_step: int, stop_step: int | None = None) -> Generator[Batch, None, None]:
         """Yield the batches from ``start_step`` up to but without ``stop_step``, or without end where None.

@@ -101,6 +101,16 @@ class Targets:
         return [encoder.fingerprint for encoder in self.encoders]
 
     @property
+    def caches(self) -> list[TokenCache]:
+        """The token caches of the encoders that have one, whose rows a batch must hold."""
+        return [cache for cache in self._caches if cache is not None]
+
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether an encoder is online, so that a batch must hold its images."""
+        return None in self._caches
+
+    @property
     def class_width(self) -> int:
         """Channels of the first encoder's class token."""
         return self.encoders[0].width
@@ -116,9 +126,8 @@ class Targets:
         Raises:
             DataError: a part differs; it is named.
         """
-        for cache in self._caches:
-            if cache is not None:
-                cache.verify(rank, world_size)
+        for cache in self.caches:
+            cache.verify(rank, world_size)
 
     def fit_means(self, dataset: ShardedDataset, file: Path, resumed: bool) -> None:
         """Measure means and scales on rows spread over the data, or read those that a resumed run began with."""
@@ -142,29 +151,35 @@ class Targets:
                 parts = (stored[f"{name}.{part}.{index}"].to(self.device) for part in ("mean", "scale"))
                 standards[name] = Standard(*parts)
 
-    def __call__(self, pixels: Tensor, indices: np.ndarray, flipped: np.ndarray) -> TargetBatch:
-        """Return what the encoders say of uint8 images (B, 3, H, W).
+    def of_batch(self, batch: Batch, pixels: Tensor | None) -> TargetBatch:
+        """Return the targets of a batch of a loader that reads ``caches``, nothing where there are no encoders.
 
-        ``pixels`` are as the trunk sees them, mirrored where ``flipped``; ``indices`` are their rows.
+        ``pixels`` are the batch's, on the device; None where ``reads_pixels`` is false.
         """
-        return self._prepared([self._outputs(index, pixels, indices, flipped) for index in range(len(self.encoders))])
-
-    def of_batch(self, batch: Batch, pixels: Tensor) -> TargetBatch:
-        """Return the targets of a loader's batch whose ``pixels`` are on the device already."""
-        return self(pixels, batch.indices, batch.flipped.numpy())
+        rows = iter(batch.cached)
+        return self._prepared(
+            [
+                self._online(encoder, pixels) if cache is None else self._stored(cache, next(rows))
+                for encoder, cache in zip(self.encoders, self._caches, strict=True)
+            ]
+        )
 
     def online(self, pixels: Tensor) -> TargetBatch:
         """Return the targets of images that are not rows of the training data."""
-        return self._prepared([encoder.outputs(pixels) for encoder in self.encoders])
+        return self._prepared([self._online(encoder, pixels) for encoder in self.encoders])
 
-    def _outputs(self, index: int, pixels: Tensor, indices: np.ndarray, flipped: np.ndarray) -> EncoderOutput:
-        """Return what one encoder says, as it says it, float32."""
-        cache = self._caches[index]
-        if cache is None:
-            return self.encoders[index].outputs(pixels)
-        stored = cache.outputs(indices, flipped)
-        moved = {id(part): part.to(self.device, non_blocking=True).float() for part in stored if part is not None}
-        return EncoderOutput(moved[id(stored.tokens)], *(moved.get(id(part)) for part in stored[1:]))
+    @staticmethod
+    def _online(encoder: Encoder, pixels: Tensor | None) -> EncoderOutput:
+        """Return what an encoder says of images on the device, as it says it, float32."""
+        assert pixels is not None  # the loader was asked for them
+        return encoder.outputs(pixels)
+
+    def _stored(self, cache: TokenCache, rows: Tensor) -> EncoderOutput:
+        """Return what the encoder said of rows of its cache, float32, on the device."""
+        stored = cache.split(rows.to(self.device, non_blocking=True))
+        # A tensor that serves as several parts stays one.
+        single = {id(part): part.float() for part in stored if part is not None}
+        return EncoderOutput(single[id(stored.tokens)], *(single.get(id(part)) for part in stored[1:]))
 
     def _prepared(self, found: Sequence[EncoderOutput]) -> TargetBatch:
         """Return the targets that the encoders' own outputs make."""
@@ -185,9 +200,12 @@ class Targets:
         sums: dict[str, Tensor] = {}
         squares: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
+        encoder, cache = self.encoders[index], self._caches[index]
         for part in np.array_split(rows, max(1, len(rows) // 64)):
-            pixels = dataset.read(part)[0].to(self.device)
-            found = self._outputs(index, pixels, part, np.zeros(len(part), dtype=bool))
+            if cache is None:
+                found = self._online(encoder, dataset.read(part)[0].to(self.device))
+            else:
+                found = self._stored(cache, cache.read(part))
             for name in ("tokens", *self._standardised):
                 values = getattr(found, name).double().flatten(0, -2)
                 sums[name] = sums.get(name, 0) + values.sum(0)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vrpo.alignment.objective import TargetBatch
 from vrpo.alignment.prototypes import Prototypes
 from vrpo.config import RunConfig
 from vrpo.data.loader import Batch, Loader
@@ -126,7 +125,8 @@ class Trainer:
             prefetch=config.data.prefetch,
             pin_memory=parts.device.type == "cuda",
             latents=None if parts.dataset.latents is None else parts.dataset,
-            pixels=parts.dataset.latents is None or bool(parts.targets.encoders),
+            pixels=parts.dataset.latents is None or parts.targets.reads_pixels or parts.objective.reads_images,
+            caches=parts.targets.caches,
         )
         data = parts.dataset
         self._clean = CleanLatents(data.latents, data.manifest.normaliser, config.seed, parts.device)
@@ -207,7 +207,7 @@ class Trainer:
         if batch.labels is not None and parts.num_classes:
             labels = batch.labels.to(device, non_blocking=True)
         with self._target_time.section():
-            targets = TargetBatch() if pixels is None else parts.targets.of_batch(batch, pixels)
+            targets = parts.targets.of_batch(batch, pixels)
             if labels is not None and targets.tokens:
                 self.prototypes.add(targets.tokens, labels, parts.objective.prepare_target)
         part, images = self.share, train.batch_size // train.noisings

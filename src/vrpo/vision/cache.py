@@ -118,43 +118,36 @@ class TokenCache:
             ) from error
         return self
 
-    def read(self, indices: np.ndarray, flipped: np.ndarray | None = None) -> Tensor:
-        """Return the float16 tokens (B, N, C) of rows (B,), of the mirror image where ``flipped`` (B,).
+    def read(self, indices: np.ndarray, flipped: np.ndarray | None = None, pinned: bool = False) -> Tensor:
+        """Return all that is stored of rows (B,), of the mirror image where ``flipped`` (B,): float16 (B, F).
+
+        ``pinned`` in page-locked memory, from which a GPU copies while it computes; ``split`` tells the parts apart.
 
         Raises:
             DataError: the cache is not complete, or holds no mirrored images.
         """
-        shape = self.stored["tokens"]
-        return self._gather(indices, flipped, int(np.prod(shape))).view(-1, *shape)
-
-    def outputs(self, indices: np.ndarray, flipped: np.ndarray | None = None) -> EncoderOutput:
-        """Return all that is stored, float16, as ``read`` does tokens.
-
-        Raises:
-            DataError: the cache is not complete, or holds no mirrored images.
-        """
-        rows = self._gather(indices, flipped, self.shape[1])
-        sizes = [int(np.prod(shape)) for shape in self.stored.values()]
-        parts = zip(self.stored.items(), rows.split(sizes, dim=1), strict=True)
-        found = {name: part.reshape(-1, *shape) for (name, shape), part in parts}
-        if self.encoder.keys_values and "keys" not in found:
-            found |= {"keys": found["tokens"], "values": found["tokens"]}
-        return EncoderOutput(**found)
-
-    def _gather(self, indices: np.ndarray, flipped: np.ndarray | None, width: int) -> Tensor:
-        """Return the first ``width`` numbers of each row, (B, width)."""
         if not self.complete:
             raise DataError(f"The token cache {self.folder} is not complete: build it again, it will resume.")
         indices = np.asarray(indices, dtype=np.int64)
         sides = np.zeros(len(indices), dtype=np.int64) if flipped is None else np.asarray(flipped, dtype=np.int64)
         if not self.flips and sides.any():
             raise DataError(f"The token cache {self.folder} holds no mirrored images: build it with flips.")
-        found = np.empty((len(indices), width), dtype=np.float16)
-        owners = indices // self.part_rows
-        for part in np.unique(owners):
-            where = np.flatnonzero(owners == part)
-            found[where] = self._map(int(part))[indices[where] % self.part_rows, sides[where], :width]
-        return torch.from_numpy(found)
+        found = torch.empty(len(indices), self.shape[1], dtype=torch.float16, pin_memory=pinned)
+        parts, rows = np.divmod(indices, self.part_rows)
+        # One copy a row from map to batch: numpy's fancy indexing would make two.
+        target = found.numpy()
+        for place, (part, row, side) in enumerate(zip(parts.tolist(), rows.tolist(), sides.tolist(), strict=True)):
+            target[place] = self._map(part)[row, side]
+        return found
+
+    def split(self, rows: Tensor) -> EncoderOutput:
+        """Return the parts, still float16, of what ``read`` returned, wherever it was moved since."""
+        sizes = [int(np.prod(shape)) for shape in self.stored.values()]
+        parts = zip(self.stored.items(), rows.split(sizes, dim=1), strict=True)
+        found = {name: part.reshape(-1, *shape) for (name, shape), part in parts}
+        if self.encoder.keys_values and "keys" not in found:
+            found |= {"keys": found["tokens"], "values": found["tokens"]}
+        return EncoderOutput(**found)
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
         """Compare every part with its recorded hash; of ``world_size`` processes, each takes its share.
