@@ -30,13 +30,17 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give the path of a hidden file that takes the name ``path`` when the block ends, and goes when it fails."""
+    """Give the path of a hidden file that takes the name ``path`` when the block ends, and goes when it fails.
+
+    When the name is there, so is the content, also after a loss of power.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -54,6 +58,9 @@ def sync_folder(folder: Path) -> None:
         return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems flush files only
+            raise
     finally:
         os.close(descriptor)
 

@@ -115,7 +115,7 @@ def test_a_torn_journal_or_a_lost_shard_is_made_again(folder, reference, tmp_pat
         make(folder, out, workers=1, progress=interrupt)
     (out / JOURNAL).write_bytes((out / JOURNAL).read_bytes()[:-40])
     (out / "shard-00001.safetensors").write_bytes(b"cut")
-    (out / ".shard-00003.safetensors.tmp").write_bytes(b"half a shard")
+    (out / ".shard-00003.safetensors.1.tmp").write_bytes(b"half a shard")
     assert make(folder, out, workers=1).resumed_shards == 1
     assert contents(out) == contents(reference)
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -262,7 +263,7 @@ def test_a_full_disk_is_a_sentence_and_the_command_goes_on_afterwards(
     sync, left = os.fsync, [2]  # the manifest and one chunk fit
 
     def failing(descriptor: int) -> None:
-        left[0] -= 1
+        left[0] -= stat.S_ISREG(os.fstat(descriptor).st_mode)
         if left[0] < 0:
             raise OSError(errno.ENOSPC, "No space left on device")
         sync(descriptor)

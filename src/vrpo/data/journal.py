@@ -25,6 +25,7 @@ from vrpo.data.manifest import (
 )
 from vrpo.data.shards import write_atomically
 from vrpo.errors import DataError
+from vrpo.files import is_unfinished
 from vrpo.untrusted import parse_json
 
 JOURNAL = "progress.jsonl"
@@ -109,14 +110,14 @@ def begin_journal(folder: Path, request: Request) -> dict[int, Finished]:
     """Make the folder and its journal ready, and return the shards that an interrupted call finished, by index."""
     if not (folder / JOURNAL).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        others = sorted(child.name for child in folder.iterdir() if child.name != f".{JOURNAL}.tmp")
+        others = sorted(child.name for child in folder.iterdir() if not is_unfinished(child))
         if others:
             raise DataError(
                 f"'{folder}' is not empty and holds no prepared data set (such as '{others[0]}'): "
                 "choose an empty or new folder."
             )
     finished = read_journals(folder, request)
-    for leftover in folder.glob(".shard-*.tmp"):
+    for leftover in filter(is_unfinished, folder.iterdir()):
         leftover.unlink()
     text = "".join(record.model_dump_json() + "\n" for record in (request, *finished.values()))
     write_atomically(folder / JOURNAL, [text.encode()])

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from vrpo.data.manifest import MANIFEST, Manifest, ShardRecord, read_manifest
 from vrpo.data.tensors import Blocks, Place, file_parts, map_bytes, read_header, read_tensor
 from vrpo.errors import DataError
+from vrpo.files import replacing
 from vrpo.untrusted import printable
 
 if TYPE_CHECKING:
@@ -30,31 +31,14 @@ _BLOCK = 1 << 22
 
 
 def write_atomically(file: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Write ``parts`` to ``file`` by way of a hidden file, flushed and renamed; return size and SHA-256.
-
-    Either the whole file appears under its name or none of it; an OSError leaves nothing behind.
-    """
-    hidden = file.with_name(f".{file.name}.tmp")
+    """Write ``parts`` to ``file``, whole or not at all as ``replacing`` does; return size and SHA-256."""
     digest = hashlib.sha256()
     size = 0
-    try:
-        with open(hidden, "wb") as stream:
-            for part in parts:
-                stream.write(part)
-                digest.update(part)
-                size += len(part)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(hidden, file)
-    except BaseException:
-        hidden.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the rename itself must reach the disk
-        folder = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    with replacing(file) as unfinished, open(unfinished, "wb") as stream:
+        for part in parts:
+            stream.write(part)
+            digest.update(part)
+            size += len(part)
     return size, digest.hexdigest()
 
 

@@ -19,6 +19,7 @@ from vrpo.evaluation.frechet import MAX_WIDTH, FeatureStatistics
 from vrpo.evaluation.images import ImageLike, ImageSet, open_images
 from vrpo.evaluation.npz import Limit, npz_members, read_arrays
 from vrpo.evaluation.protocol import INCEPTION, FeaturesRecord, ReferenceRecord
+from vrpo.files import replacing
 
 # The ADM suite compares manifolds with 10,000 reference images.
 MANIFOLD_IMAGES = 10_000
@@ -128,15 +129,11 @@ def _cache_file(folder: Path | None, images: ImageSet, features: FeaturesRecord)
 
 
 def _keep(file: Path, reference: Reference) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
+    # A read-only or full disk costs the next evaluation time, not this one its result.
+    with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        reference.save(temporary)
-        os.replace(temporary, file)
-    except OSError:
-        # A read-only or full disk costs the next evaluation time, not this one its result.
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        with replacing(file) as unfinished:
+            reference.save(unfinished)
 
 
 def _read_adm(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vrpo.errors import ConfigError
-from vrpo.files import write_text
+from vrpo.files import replacing, write_text
 
 _MANIFEST = "sampling.json"
 _NAME = re.compile(r"(\d+)-(\d+)\.npy")
@@ -64,16 +63,9 @@ class Chunks:
     def save(self, start: int, images: NDArray[np.uint8]) -> None:
         """Keep images ``start``, ``start + 1``, ..., (N, H, W, 3)."""
         path = self.folder / f"{start:08d}-{start + len(images):08d}.npy"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(images))
-                file.write(np.ascontiguousarray(images).data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as unfinished, unfinished.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(images))
+            file.write(np.ascontiguousarray(images).data)
 
     def saved(self) -> list[range]:
         """Return the images that are there, chunk by chunk in their order."""

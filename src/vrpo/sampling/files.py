@@ -80,21 +80,16 @@ def write_npz(
     ``arr_0`` are the pixels, uint8 of ``shape`` (N, H, W, 3), ``arr_1`` the labels (N,) where there are any; the array
     ``sampling``, a string which that evaluator does not read, says how they were drawn.
     """
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        with zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
-                header: dict[str, Any] = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
-                np.lib.format.write_array_header_1_0(stream, header)
-                for batch in batches:
-                    stream.write(np.ascontiguousarray(batch).data)
-            more = {"sampling": np.array(record)} | ({} if labels is None else {"arr_1": labels.numpy()})
-            for name, array in more.items():
-                with archive.open(f"{name}.npy", "w") as stream:
-                    np.lib.format.write_array(stream, array, allow_pickle=False)
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(out) as unfinished, zipfile.ZipFile(unfinished, "w", allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+            header: dict[str, Any] = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
+            np.lib.format.write_array_header_1_0(stream, header)
+            for batch in batches:
+                stream.write(np.ascontiguousarray(batch).data)
+        more = {"sampling": np.array(record)} | ({} if labels is None else {"arr_1": labels.numpy()})
+        for name, array in more.items():
+            with archive.open(f"{name}.npy", "w") as stream:
+                np.lib.format.write_array(stream, array, allow_pickle=False)
 
 
 def write_grid(images: Tensor, out: Path, columns: int) -> None:

@@ -15,7 +15,7 @@ from vrpo.alignment.objective import TargetBatch
 from vrpo.config import EncoderConfig
 from vrpo.data.loader import Batch
 from vrpo.data.shards import ShardedDataset
-from vrpo.files import load_tensors, save_tensors
+from vrpo.files import load_tensors, replacing, save_tensors
 from vrpo.vision.backbone import EncoderOutput
 from vrpo.vision.cache import TokenCache
 from vrpo.vision.encoders import Encoder, load_encoder
@@ -140,9 +140,8 @@ class Targets:
             stored = {}
             for index in range(len(self.encoders)):
                 stored |= {f"{name}.{index}": value for name, value in self._fit(index, dataset, rows).items()}
-            unfinished = file.with_name(f".{file.name}.tmp")
-            save_tensors(unfinished, stored, seal=True)
-            unfinished.replace(file)
+            with replacing(file) as unfinished:
+                save_tensors(unfinished, stored, seal=True)
         for index, centred in enumerate(self._centred):
             if centred:
                 self.means[index] = stored[f"mean.{index}"].to(self.device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vrpo.errors import ConfigError, DataError
+from vrpo.files import is_unfinished, replacing, write_text
 from vrpo.untrusted import read_json, seal, unseal
 from vrpo.vision.backbone import EncoderOutput
 from vrpo.vision.encoders import Encoder
@@ -102,6 +102,8 @@ class TokenCache:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in filter(is_unfinished, self.folder.iterdir()):
+                leftover.unlink()
             for part in range(self.parts):
                 if part not in self._hashes:
                     digest = self._write_part(part, batch_size, progress)
@@ -166,11 +168,10 @@ class TokenCache:
         start = part * self.part_rows
         stop = min(start + self.part_rows, self.rows)
         path = self._path(part)
-        unfinished = path.with_suffix(".unfinished")
         device = self.encoder.mean.device
         limit = torch.finfo(torch.float16).max
         # ordinary writes, not a memory map: a full disk is then an error and not a bus fault
-        with unfinished.open("wb+") as file:
+        with replacing(path) as unfinished, unfinished.open("wb+") as file:
             layout = {"descr": "<f2", "fortran_order": False, "shape": (stop - start, *self.shape)}
             np.lib.format.write_array_header_1_0(file, layout)
             for row in range(start, stop, batch_size):
@@ -181,12 +182,8 @@ class TokenCache:
                 file.write(found.clamp(-limit, limit).half().cpu().numpy().tobytes())
                 if progress is not None:
                     progress(int(indices[-1]) + 1, self.rows)
-            file.flush()
-            os.fsync(file.fileno())
             file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.replace(unfinished, path)
-        return digest
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def _flat(self, images: Tensor) -> Tensor:
         """Return all that is stored of images, (B, F)."""
@@ -227,13 +224,7 @@ class TokenCache:
 
     def _write_index(self) -> None:
         parts = {str(part): digest for part, digest in sorted(self._hashes.items())}
-        text = json.dumps(seal({**self.identity, "parts": parts}), indent=1)
-        unfinished = self.folder / f"{INDEX}.unfinished"
-        with unfinished.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, self.folder / INDEX)
+        write_text(self.folder / INDEX, json.dumps(seal({**self.identity, "parts": parts}), indent=1))
 
 
 def _stored_shapes(encoder: Encoder) -> dict[str, tuple[int, ...]]:

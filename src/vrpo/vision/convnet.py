@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vrpo.errors import CheckpointError, ConfigError, DataError
-from vrpo.files import sha256_file
+from vrpo.files import replacing, sha256_file
 from vrpo.untrusted import parse_json
 from vrpo.vision.backbone import HALF, Backbone
 from vrpo.vision.rows import ImageRows
@@ -318,11 +317,9 @@ def _save(network: ConvEncoder, path: Path, record: str) -> None:
     from safetensors.torch import save_file
 
     state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    unfinished = path.with_name(path.name + ".unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, unfinished, metadata={METADATA_KEY: record})
-        os.replace(unfinished, path)
+        with replacing(path) as unfinished:
+            save_file(state, unfinished, metadata={METADATA_KEY: record})
     except Exception as error:
-        unfinished.unlink(missing_ok=True)
         raise DataError(f"The encoder could not be written to {path} ({error}): choose another place.") from error

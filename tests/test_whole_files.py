@@ -1,0 +1,71 @@
+"""Files that are whole or absent: what has its name is on the disk, in every writer."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vrpo.evaluation import reference
+from vrpo.files import is_unfinished, replacing, write_text
+from vrpo.sampling.files import write_npz
+from vrpo.vision import convnet
+
+
+def write_reference(path: Path) -> None:
+    class Small:
+        def save(self, file: Path) -> None:
+            file.write_bytes(b"numbers")
+
+    reference._keep(path, Small())  # type: ignore[arg-type]
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "text": lambda path: write_text(path, "whole"),
+    "samples": lambda path: write_npz([np.zeros((1, 2, 2, 3), np.uint8)], (1, 2, 2, 3), None, path, "how"),
+    "reference": write_reference,
+    "encoder": lambda path: convnet._save(torch.nn.Linear(2, 2), path, "record"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_reaches_the_disk_before_its_name_and_the_name_after(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        sync(descriptor)
+
+    def replaced(source: Path, target: Path) -> None:
+        assert is_unfinished(Path(source))
+        done.append("name")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    WRITERS[name](tmp_path / "file.npz")
+    assert done == ["file", "name", "folder"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file.npz"]
+
+
+def test_what_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old")
+
+    def interrupted() -> None:
+        with replacing(path) as unfinished:
+            unfinished.write_text("ne")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
