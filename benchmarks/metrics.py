@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from machine import describe
+
 
 def draw_features(count: int, width: int, seed: int) -> torch.Tensor:
     """Return features (count, width); equal seeds modulo 100 share their channels' correlations."""
@@ -98,6 +100,8 @@ def main() -> None:
     options = parser.parse_args()
     # BLAS libraries read these once, when a process loads them: the measuring processes start afresh.
     os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = str(options.threads)
+    torch.set_num_threads(options.threads)
+    machine = describe(torch.device("cpu"))
     shape = (options.samples, options.reference, options.width)
     results = {}
     for name in options.steps:
@@ -108,23 +112,13 @@ def main() -> None:
         "samples": options.samples,
         "reference": options.reference,
         "width": options.width,
-        "threads": options.threads,
-        "processor": _processor(),
-        "torch": torch.__version__,
+        "machine": machine,
         "results": results,
     }
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"metrics-{options.samples}x{options.reference}x{options.width}.json"
     file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"written to {file}")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

@@ -138,6 +138,21 @@ def test_operations_of_a_network_are_those_of_its_products() -> None:
     assert 1 < sampling.operations(case, network, torch.device("cpu")) / (2 * products) < 1.1
 
 
+# -- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_say_what_they_were_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = ["--samples", "60", "--reference", "60", "--width", "16", "--steps", "kid", "--threads", "1"]
+    monkeypatch.setattr("sys.argv", ["metrics.py", *sizes, "--out", str(tmp_path)])
+    load("metrics").main()
+    record = json.loads((tmp_path / "metrics-60x60x16.json").read_text())
+    assert record["results"]["kid"]["seconds"] > 0
+    machine = load("machine").describe(torch.device("cpu"))
+    steady = [key for key in machine if key not in ("load_average", "threads")]
+    assert {key: record["machine"][key] for key in steady} == {key: machine[key] for key in steady}
+    assert record["machine"]["threads"] == 1
+
+
 # -- engine -----------------------------------------------------------------------------------------------------------
 
 
