@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from vrpo.evaluation import reference
-from vrpo.files import is_unfinished, replacing, write_text
+from vrpo.files import is_unfinished, load_tensors, replacing, save_tensors, tensors_hash, write_text
 from vrpo.sampling.files import write_npz
 from vrpo.vision import convnet
 
@@ -69,3 +70,21 @@ def test_what_fails_leaves_the_old_file(tmp_path: Path) -> None:
         interrupted()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_hash_of_tensors_is_what_fingerprints_and_seals_were_made_with(tmp_path: Path) -> None:
+    values = torch.arange(6, dtype=torch.float32).view(2, 3)
+    state = {
+        "weight": values.t(),
+        "brief": values.bfloat16(),
+        "count": torch.tensor(3),
+        "mask": values > 2,
+        "empty": torch.zeros(0, 4),
+    }
+    digest = "d25f8ababc966bd16e1e1c6523d5732443501be994671bb0d32e6855dd6f4265"
+    assert tensors_hash(state) == digest
+    assert tensors_hash({**state, "count": torch.tensor(4)}) != digest
+    save_tensors(tmp_path / "sealed", state, seal=True)
+    with safe_open(tmp_path / "sealed", framework="pt") as file:
+        assert file.metadata() == {"seal": digest}
+    assert load_tensors(tmp_path / "sealed", sealed=True).keys() == state.keys()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,19 +70,36 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], *, seal: bool = False) 
     from safetensors.torch import save_file
 
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    save_file(plain, path, {"seal": _tensor_hash(plain)} if seal else None)
+    save_file(plain, path, {"seal": tensors_hash(plain)} if seal else None)
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
-def _tensor_hash(tensors: dict[str, Tensor]) -> str:
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over the names, types, shapes and values of tensors, such as a module's state."""
     import torch
 
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        if value.numel() and not value.is_meta:  # a network that is only planned with has no values
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+@contextmanager
+def whole_safetensors(path: Path) -> Iterator[None]:
+    """Say of a safetensors file, where reading it in this block fails, that it is damaged.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}): use another copy.") from error
 
 
 def load_tensors(path: Path, *, sealed: bool = False) -> dict[str, Tensor]:
@@ -91,21 +108,19 @@ def load_tensors(path: Path, *, sealed: bool = False) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise CheckpointError(f"there is no weights file at {path}: check the path.")
-    try:
+    with whole_safetensors(path):
         tensors = load_file(path)
         if sealed:
             with safe_open(path, framework="pt") as file:
                 seal = (file.metadata() or {}).get("seal")
-            if seal != _tensor_hash(tensors):
+            if seal != tensors_hash(tensors):
                 raise ValueError("its content differs from its seal")
-        return tensors
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({error}): use another copy.") from error
+    return tensors
 
 
 def load_weights(path: Path) -> Any:
@@ -134,21 +149,48 @@ def load_weights(path: Path) -> Any:
             raise CheckpointError(f"{path} is damaged or no PyTorch file: use another copy.") from error
 
 
-def load_into(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+def unwrap(content: Any, wrappers: Iterable[str]) -> Any:
+    """Return what ``content``, read from a weights file, holds under each of ``wrappers`` in turn that is there."""
+    for name in wrappers:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    return content
+
+
+def misfit(module: nn.Module, state: Mapping[str, Any], may_be_extra: Iterable[str] = ()) -> str | None:
+    """Return a clause about the first key of ``state`` that does not fit ``module``, or None where all do.
+
+    Counters of batch normalisation (``num_batches_tracked``) may be missing, and keys that begin with one of
+    ``may_be_extra`` (a classifier that is not used) may be left over.
+    """
+    import torch
+
+    expected = module.state_dict()
+    for name, value in expected.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        found = state.get(name)
+        if not isinstance(found, torch.Tensor):
+            return f"it has no '{name}'"
+        if found.shape != value.shape:
+            return f"'{name}' is {tuple(found.shape)} and should be {tuple(value.shape)}"
+    allowed = tuple(f"{prefix}." for prefix in may_be_extra)
+    extra = (name for name in state if name not in expected and not name.startswith(allowed))
+    return next((f"'{name}' has no place in it" for name in extra), None)
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
     """Load tensors into a module of the same architecture.
 
     Raises:
         CheckpointError: names or shapes differ; the first difference is named.
     """
-    own = module.state_dict()
-    for name in sorted(set(own) | set(tensors)):
-        if name not in tensors or name not in own or own[name].shape != tensors[name].shape:
-            have = tuple(tensors[name].shape) if name in tensors else "nothing"
-            want = tuple(own[name].shape) if name in own else "nothing"
-            raise CheckpointError(
-                f"{what} is of another architecture: '{name}' holds {have} where this configuration has {want}; "
-                "train with the configuration that made it."
-            )
+    wrong = misfit(module, tensors)
+    if wrong is not None:
+        raise CheckpointError(
+            f"{what} is of another architecture than this configuration's: {wrong}; train with the configuration that "
+            "made it."
+        )
     module.load_state_dict(tensors)
 
 

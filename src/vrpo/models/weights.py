@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from vrpo.errors import CheckpointError, nearest
-from vrpo.files import load_weights
+from vrpo.files import load_weights, unwrap
 from vrpo.models.layers import time_frequencies
 from vrpo.models.transformer import DiffusionTransformer
 
@@ -174,10 +174,7 @@ def read_tensors(path: str | Path) -> StateDict:
         CheckpointError: a missing or damaged file, one that holds more than tensors, or none.
     """
     path = Path(path)
-    content = load_weights(path)
-    for key in ("ema", "model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    content = unwrap(load_weights(path), ("ema", "model", "state_dict"))
     entries = content.items() if isinstance(content, Mapping) else ()
     tensors = {name: value for name, value in entries if isinstance(value, Tensor)}
     if not tensors:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from vrpo.data.transforms import to_float
 from vrpo.errors import CheckpointError, ConfigError, nearest
+from vrpo.files import tensors_hash
 from vrpo.vision.hub import asking_hub
-from vrpo.vision.weight_files import state_hash
 
 # Short names of published autoencoders on the hub.
 HUB_NAMES = {
@@ -70,7 +70,7 @@ class Autoencoder:
         self.shift = float(config.get("shift_factor") or 0.0)
         self.scale = float(config.get("scaling_factor") or 1.0)
         shaping = json.dumps([self.kind, self.shift, self.scale])
-        self.fingerprint = hashlib.sha256((shaping + state_hash(network)).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256((shaping + tensors_hash(network.state_dict())).encode()).hexdigest()
         self._dtype = PRECISIONS[precision]
         # The plain module's method: that of diffusers warns whenever a dtype is given.
         self._network: Any = nn.Module.to(network, device=device, dtype=self._dtype).eval().requires_grad_(False)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vrpo.errors import CheckpointError, ConfigError
-from vrpo.files import sha256_file
-from vrpo.vision.weight_files import fit_weights, read_weights, state_hash
+from vrpo.files import sha256_file, tensors_hash
+from vrpo.vision.weight_files import fit_weights, read_weights
 
 NAME = "inception"
 INPUT_SIZE = 299
@@ -107,7 +107,7 @@ def load_inception(
                 if isinstance(module, nn.Conv2d):
                     # Other initialisations let the features of an untrained network shrink to nothing.
                     nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        name, digest = f"{NAME}-random", state_hash(extractor)
+        name, digest = f"{NAME}-random", tensors_hash(extractor.state_dict())
     else:
         name, digest = NAME, _load_published(extractor, cached_weights() if weights is None else Path(weights))
     return InceptionNetwork(extractor, name=name, weights_hash=digest).to(device)

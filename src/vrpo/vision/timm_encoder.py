@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from vrpo.errors import CheckpointError, ConfigError, nearest
-from vrpo.files import sha256_file
+from vrpo.files import misfit, sha256_file, tensors_hash
 from vrpo.vision.backbone import Backbone
 from vrpo.vision.catalogue import ENCODERS, Entry
 from vrpo.vision.checkpoint_keys import plain_keys
 from vrpo.vision.hub import asking_hub
-from vrpo.vision.weight_files import fit_weights, misfit, read_weights, state_hash
+from vrpo.vision.weight_files import fit_weights, read_weights
 
 TIMM_SOURCE = "local-dir:"
 LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3
@@ -190,7 +190,7 @@ def load_timm(name: str, *, weights: str | Path | None, feature: int | None) -> 
             f"give a local file of them as the encoder's weights (.safetensors or .pth){also}."
         ) from error
     if weights is None or weights == "random":
-        return TimmBackbone(name, network, feature=feature, weights_hash=state_hash(network))
+        return TimmBackbone(name, network, feature=feature, weights_hash=tensors_hash(network.state_dict()))
     path = Path(weights)
     state = plain_keys(read_weights(path))
     try:

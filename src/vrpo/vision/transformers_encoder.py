@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from vrpo.errors import CheckpointError, ConfigError
-from vrpo.files import sha256_file
+from vrpo.files import sha256_file, tensors_hash
 from vrpo.vision.backbone import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Backbone
 from vrpo.vision.hub import asking_hub
-from vrpo.vision.weight_files import fit_weights, read_weights, state_hash
+from vrpo.vision.weight_files import fit_weights, read_weights
 
 PREFIX = "transformers:"
 FAMILY_STATISTICS = {
@@ -168,7 +168,7 @@ def load_transformers(name: str, *, weights: str | Path | None, feature: int | N
         name,
         network,
         feature=feature,
-        weights_hash=digest or state_hash(network),
+        weights_hash=digest or tensors_hash(network.state_dict()),
         statistics=statistics,
     )
 

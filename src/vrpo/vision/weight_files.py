@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vrpo.errors import CheckpointError
-from vrpo.files import load_weights
+from vrpo.files import load_weights, misfit, unwrap, whole_safetensors
 
 SUFFIXES = {".safetensors", ".pt", ".pth", ".bin"}
 WRAPPERS = ("state_dict", "model")
-
-
-def state_hash(module: nn.Module) -> str:
-    """Return the SHA-256 over the names, types, shapes and values of a module's state."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        if value.numel() and not value.is_meta:  # a network that is only planned with has no values
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -33,13 +21,10 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: the file is not safetensors, or damaged.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({error}): fetch it again.") from error
+    with whole_safetensors(path), safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
 
 
 def read_weights(path: Path) -> dict[str, Any]:
@@ -52,11 +37,8 @@ def read_weights(path: Path) -> dict[str, Any]:
     """
     if path.is_file() and path.suffix not in SUFFIXES:
         raise CheckpointError(f"{path} is not a weights file: give .safetensors, or .pt, .pth or .bin of PyTorch.")
-    state = load_weights(path)
-    for wrapper in WRAPPERS:
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict):
+    state = unwrap(load_weights(path), WRAPPERS)
+    if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} holds no table of named tensors: save its state_dict as safetensors.")
     return {str(key).removeprefix("module."): value for key, value in state.items()}
 
@@ -81,23 +63,3 @@ def fit_weights(
     if wrong is not None:
         raise CheckpointError(f"{source} does not hold the weights of '{architecture}': {wrong}; {remedy()}")
     module.load_state_dict({name: state[name] for name in module.state_dict() if name in state}, strict=False)
-
-
-def misfit(module: nn.Module, state: Mapping[str, Any], may_be_extra: Iterable[str] = ()) -> str | None:
-    """Return a clause about the first key of ``state`` that does not fit ``module``, or None where all do.
-
-    Counters of batch normalisation (``num_batches_tracked``) may be missing, and keys that begin with one of
-    ``may_be_extra`` (a classifier that is not used) may be left over.
-    """
-    expected = module.state_dict()
-    for name, value in expected.items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        found = state.get(name)
-        if not isinstance(found, Tensor):
-            return f"it has no '{name}'"
-        if found.shape != value.shape:
-            return f"'{name}' is {tuple(found.shape)} and should be {tuple(value.shape)}"
-    allowed = tuple(f"{prefix}." for prefix in may_be_extra)
-    extra = (name for name in state if name not in expected and not name.startswith(allowed))
-    return next((f"'{name}' has no place in it" for name in extra), None)
