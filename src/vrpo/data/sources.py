@@ -1,17 +1,13 @@
 """Where images come from: folders, zip archives, arrays in memory and more, all in one deterministic order.
 
 A source lists its images without decoding any. Its order is the byte-wise order of their keys, so that the
-same files give the same data set on every machine. Another kind of source is one more row in
-``SOURCE_KINDS`` or ``_other_kinds``.
+same files give the same data set on every machine. Another kind of source is one more row in ``_kinds``.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import stat
-import struct
-import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,9 +26,6 @@ _SPLIT_NAMES = frozenset({"dev", "test", "testing", "train", "training", "val", 
 
 Location = str | int | tuple[int, ...] | tuple[str, str]
 """Where an opener finds an entry: a path, a number, places in files, or the paths of its parts."""
-
-# A zip member's local header: what is known from the directory, then the lengths of its name and of its extra field.
-_LOCAL_HEADER = struct.Struct("<26sHH")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +127,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     if not location.exists():
         raise DataError(f"there is no '{location}': name a folder or a zip archive of images.")
     location = location.resolve()
-    for kind in (*_other_kinds(), *SOURCE_KINDS):
+    for kind in _kinds():
         if kind.accepts(location):
             return kind.open(location)
     raise DataError(
@@ -143,15 +136,17 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     )
 
 
-def _other_kinds() -> tuple[SourceKind, ...]:
-    """Return the kinds of modules that build on this one; they are asked before plain folders."""
-    from vrpo.data import latent_folders, parquet_source, tar_source
+def _kinds() -> tuple[SourceKind, ...]:
+    """Return the kinds of sources in the order in which they are asked; the plain folder takes what others leave."""
+    from vrpo.data import latent_folders, parquet_source, tar_source, zip_source
 
     return (
         SourceKind("REPA's folder", latent_folders.is_repa_folder, latent_folders.open_repa),
         SourceKind("LightningDiT's folder", latent_folders.is_latent_folder, latent_folders.open_latent_shards),
         SourceKind("tar", tar_source.is_tar_source, tar_source.open_tar),
         SourceKind("parquet", parquet_source.is_parquet_source, parquet_source.open_parquet),
+        SourceKind("zip", zip_source.is_zip, zip_source.open_zip),
+        SourceKind("folder", Path.is_dir, _open_folder),
     )
 
 
@@ -180,46 +175,6 @@ class FolderOpener:
     def open(self, entry: Entry) -> BinaryIO:
         """Open one file."""
         return open(os.path.join(self.root, str(entry.location)), "rb")
-
-
-@dataclass
-class ZipOpener:
-    """Reads members of a zip archive in place, one at a time; every process has its own handle.
-
-    An entry says where its member lies, so that a process need not read the archive's directory: of a million members
-    it takes a gigabyte, in each of as many processes as the machine has cores.
-    """
-
-    path: Path
-
-    def __post_init__(self) -> None:
-        self._stream: BinaryIO | None = None
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"path": self.path, "_stream": None}
-
-    def connect(self) -> None:
-        """Open the archive, once."""
-        self._connected()
-
-    def open(self, entry: Entry) -> BinaryIO:
-        """Open one member as a stream; nothing is extracted to disk."""
-        offset, compressed, method = cast("tuple[int, int, int]", entry.location)
-        stream = self._connected()
-        stream.seek(offset)
-        header = stream.read(_LOCAL_HEADER.size)
-        if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\3\4":
-            raise zipfile.BadZipFile("its header is damaged")
-        stream.seek(sum(_LOCAL_HEADER.unpack(header)[1:]), os.SEEK_CUR)  # past its name and extra field
-        member = zipfile.ZipInfo()
-        member.compress_type, member.compress_size = method, compressed
-        member.file_size, member.CRC = entry.size, entry.checksum
-        return cast(BinaryIO, zipfile.ZipExtFile(stream, "r", member))
-
-    def _connected(self) -> BinaryIO:
-        if self._stream is None:
-            self._stream = self.path.open("rb")
-        return self._stream
 
 
 @dataclass
@@ -304,49 +259,6 @@ def walk(root: Path) -> Iterator[tuple[str, int]]:
         raise DataError(f"'{error.filename}' cannot be read: permission denied.") from error
 
 
-def _open_archive(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise DataError(f"'{path}' is a damaged or incomplete zip archive ({error}): fetch it again.") from error
-
-
-def _open_zip(path: Path) -> Source:
-    files: list[ListedFile] = []
-    ignored: Counter[str] = Counter()
-    seen: set[str] = set()
-    with _open_archive(path) as archive:
-        members = archive.infolist()
-        archive.NameToInfo.clear()
-        while members:
-            member = members.pop()  # let go at once: a member takes more memory than what is kept of it
-            key = printable_name(member.filename.replace("\\", "/"))
-            _refuse_unsafe(path, key, member)
-            if key.endswith("/") or any(map(hidden, key.split("/"))):
-                continue
-            suffix = os.path.splitext(key)[1].lower()
-            if suffix not in IMAGE_SUFFIXES:
-                ignored[suffix] += 1
-                continue
-            if key in seen:
-                raise DataError(f"'{path}' has two members named '{key}': pack it again with each name once.")
-            if member.flag_bits & 1:
-                raise DataError(f"'{path}' is encrypted (member '{key}'): pack it again without a password.")
-            seen.add(key)
-            place = (member.header_offset, member.compress_size, member.compress_type)
-            files.append(ListedFile(key, member.file_size, place, member.CRC))
-    return arrange("zip", path, files, ignored, ZipOpener(path))
-
-
-def _refuse_unsafe(path: Path, key: str, member: zipfile.ZipInfo) -> None:
-    """Refuse members that would leave the archive's own folder: such an archive is damaged or hostile."""
-    reason = unsafe_name(key)
-    if reason is None and stat.S_ISLNK(member.external_attr >> 16):
-        reason = "a symbolic link"
-    if reason is not None:
-        raise DataError(f"'{path}' has a member that is {reason} ('{key}'): pack it again with plain files only.")
-
-
 def unsafe_name(name: str) -> str | None:
     """Return what is wrong with the name of an archive's member, or None."""
     if name.startswith("/") or name[1:2] == ":":
@@ -404,9 +316,3 @@ def hidden(name: str) -> bool:
 def printable_name(name: str) -> str:
     """Escape the bytes of a file name that are not UTF-8, so that keys can be printed and written as JSON."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-SOURCE_KINDS: tuple[SourceKind, ...] = (
-    SourceKind("folder", Path.is_dir, _open_folder),
-    SourceKind("zip", lambda path: path.suffix.lower() == ".zip" or zipfile.is_zipfile(path), _open_zip),
-)
