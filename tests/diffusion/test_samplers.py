@@ -516,12 +516,16 @@ def test_wrong_requests_are_refused_with_a_sentence() -> None:
         (ask, {"sampler": "ddpm"}, "ode-euler"),
         (ask, {"steps": 0}, "1 or more"),
         (ask, {}, "noise_source"),
-        (ask, {"guidance_scale": 2.0}, "null class"),
-        (ask, {"guidance_interval": (0.7, 0.3)}, "low, high"),
+        (ask, {"guidance_scale": 2.0}, "needs classes"),
+        (ask, {"guidance_interval": (0.7, 0.3)}, "0.7 0.3 ends before it starts: write 0.3 0.7"),
         (ask_dit, {"sampler": "sde"}, "ddim"),
         (ask_dit, {"sampler": "ddpm"}, "noise_source"),
-        (ask_dit, {"steps": 240}, "take 250"),
-        (ask_dit, {"sampler": "ddpm", "steps": 1001, "noise_source": UnitNoise(1)}, "take 1000"),
+        (ask_dit, {"steps": 240}, "^steps 240 does not divide the 1,000 steps of ddim: use 250"),
+        (
+            ask_dit,
+            {"sampler": "ddpm", "steps": 1001, "noise_source": UnitNoise(1)},
+            "more than the 1,000 steps of ddpm: use 1000",
+        ),
     ):
         with pytest.raises(ConfigError, match=sentence):
             call(**changes)

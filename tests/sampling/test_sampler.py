@@ -99,14 +99,9 @@ def test_precision_is_the_runs_or_its_own() -> None:
     assert 0 < (plain.float() - rounded.float()).abs().max() < 16
 
 
-def test_sampler_of_another_kind_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"sample.sampler 'ddpm' does not fit SiT: choose one of: ode-euler"):
-        ImageSampler(network(), config("ddpm"), device="cpu")
-
-
 def test_guidance_needs_classes_and_is_refused_before_the_network_runs() -> None:
     trunk = watched(num_classes=0)
-    with pytest.raises(ConfigError, match=r"sample.guidance_scale 2 needs classes, and the model has none"):
+    with pytest.raises(ConfigError, match=r"sample.guidance_scale 2 needs classes, and there are none"):
         ImageSampler(trunk, config("ode-euler", 2.0), device="cpu")
     assert not trunk.seen
 
@@ -114,9 +109,9 @@ def test_guidance_needs_classes_and_is_refused_before_the_network_runs() -> None
 @pytest.mark.parametrize(
     ("kind", "changes", "sentence"),
     [
-        ("SiT", {"guidance_interval": (0.7, 0.3)}, r"0.7 0.3 ends before it starts: write 0.3 0.7"),
-        ("DiT", {"sampler": "ddim", "steps": 240}, "does not divide the 1,000 steps of ddim: use 250"),
-        ("DiT", {"sampler": "ddpm", "steps": 1001}, "is more than the 1,000 steps of ddpm"),
+        ("SiT", {"sampler": "ddpm"}, r"^sample.sampler 'ddpm' does not fit SiT: choose one of: ode-euler"),
+        ("SiT", {"guidance_interval": (0.7, 0.3)}, r"^sample.guidance_interval 0.7 0.3 ends before it starts"),
+        ("DiT", {"sampler": "ddim", "steps": 240}, r"^sample.steps 240 does not divide"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_at_once(kind: str, changes: dict[str, Any], sentence: str) -> None:

@@ -27,7 +27,48 @@ DIT_SAMPLERS = ("ddpm", "ddim")
 SDE_LAST_TIME = 0.04
 
 # An interval's end must be met by a grid time that differs from it by rounding alone.
-_TIME_TOLERANCE = 1e-9
+TIME_TOLERANCE = 1e-9
+
+
+def check_settings(
+    kind: str,
+    sampler: str,
+    steps: int,
+    guidance_scale: float,
+    guidance_interval: tuple[float, float],
+    *,
+    classes: bool,
+    section: str = "",
+) -> None:
+    """Refuse settings by which a velocity network (``kind`` "SiT") or a "DiT" cannot be sampled.
+
+    ``classes``: whether there is a null class beside labels; ``section`` stands before the names of settings.
+
+    Raises:
+        ConfigError: the first that does not fit.
+    """
+    choices = DIT_SAMPLERS if kind == "DiT" else FLOW_SAMPLERS
+    if sampler not in choices:
+        raise ConfigError(f"{section}sampler '{sampler}' does not fit {kind}: {nearest(sampler, choices)}")
+    if steps < 1:
+        raise ConfigError(f"{section}steps {steps} is too few: use 1 or more.")
+    low, high = guidance_interval
+    if low > high:
+        raise ConfigError(
+            f"{section}guidance_interval {low:g} {high:g} ends before it starts: write {high:g} {low:g}, where 0 is "
+            "the data."
+        )
+    most = DiscretePath.steps
+    if sampler == "ddim" and most % steps:
+        closest = min((n for n in range(1, most + 1) if most % n == 0), key=lambda n: abs(n - steps))
+        raise ConfigError(f"{section}steps {steps} does not divide the {most:,} steps of ddim: use {closest}.")
+    if sampler == "ddpm" and steps > most:
+        raise ConfigError(f"{section}steps {steps} is more than the {most:,} steps of ddpm: use {most} or fewer.")
+    if guidance_scale != 1 and not classes:
+        raise ConfigError(
+            f"{section}guidance_scale {guidance_scale:g} needs classes, and there are none (data.conditional is "
+            "false, or no labels are given): use 1."
+        )
 
 
 class _Guided:
@@ -46,10 +87,10 @@ class _Guided:
         self._network, self._labels, self._scale = network, labels, scale
         self._batch, self._channels = noise.shape[:2]
         self._input_dtype, self._state_dtype, self._device = noise.dtype, state_dtype, noise.device
-        self._low, self._high = interval[0] - _TIME_TOLERANCE, interval[1] + _TIME_TOLERANCE
+        self._low, self._high = interval[0] - TIME_TOLERANCE, interval[1] + TIME_TOLERANCE
         if scale != 1.0:
-            if labels is None or null_label is None:
-                raise ConfigError(f"guidance_scale {scale} needs a model with a null class: set guidance_scale to 1.")
+            assert labels is not None  # was checked
+            assert null_label is not None
             self._both_labels = torch.cat([labels, torch.full_like(labels, null_label)])
 
     def __call__(self, state: Tensor, t: float, unit_time: float) -> Tensor:
@@ -107,7 +148,8 @@ def sample(
     Raises ConfigError for an unknown sampler, too few steps, guidance without classes, or a missing noise
     source.
     """
-    _check(sampler, FLOW_SAMPLERS, steps, guidance_interval)
+    classes = labels is not None and null_label is not None
+    check_settings("SiT", sampler, steps, guidance_scale, guidance_interval, classes=classes)
     velocity = _Guided(network, noise, labels, guidance_scale, guidance_interval, null_label, state_dtype=state_dtype)
     state = noise.to(state_dtype)
     if sampler == "sde":
@@ -198,7 +240,8 @@ def sample_dit(
 
     Raises ConfigError as `sample` does, and for a number of steps that the schedule cannot take.
     """
-    _check(sampler, DIT_SAMPLERS, steps, guidance_interval)
+    classes = labels is not None and null_label is not None
+    check_settings("DiT", sampler, steps, guidance_scale, guidance_interval, classes=classes)
     path = DiscretePath()
     output = _Guided(network, noise, labels, guidance_scale, guidance_interval, null_label, state_dtype=state_dtype)
     scheduler, options = _scheduler(sampler, steps, path, noise_source)
@@ -225,18 +268,12 @@ def _scheduler(
     scheduler: Any
     last = path.steps - 1
     if sampler == "ddim":
-        if path.steps % steps:
-            divisors = [n for n in range(1, path.steps + 1) if path.steps % n == 0]
-            closest = min(divisors, key=lambda n: abs(n - steps))
-            raise ConfigError(f"the sampler 'ddim' cannot take {steps} steps of {path.steps}: take {closest}.")
         scheduler = DDIMScheduler(num_train_timesteps=path.steps, clip_sample=False)
         scheduler.set_timesteps(steps)
         options: dict[str, Any] = {}
     else:
         if noise_source is None:
             raise ConfigError("the sampler 'ddpm' draws noise at every step: pass a noise_source.")
-        if steps > path.steps:
-            raise ConfigError(f"the sampler 'ddpm' cannot take {steps} steps of {path.steps}: take {path.steps}.")
         scheduler = DDPMScheduler(num_train_timesteps=path.steps, clip_sample=False, variance_type="learned_range")
         visited = [round(last - last * k / (steps - 1)) for k in range(steps)] if steps > 1 else [last]
         scheduler.set_timesteps(timesteps=visited)
@@ -244,12 +281,3 @@ def _scheduler(
     # diffusers keeps float32 products, which are off by up to 3e-4 in 1 - alpha_bar near the data.
     scheduler.alphas_cumprod = path.tables.alpha_bars
     return scheduler, options
-
-
-def _check(sampler: str, choices: tuple[str, ...], steps: int, interval: tuple[float, float]) -> None:
-    if sampler not in choices:
-        raise ConfigError(f"this model has no sampler called '{sampler}': {nearest(sampler, choices)}")
-    if steps < 1:
-        raise ConfigError(f"sampling takes at least one step, not {steps}: set steps to 1 or more.")
-    if interval[0] > interval[1]:
-        raise ConfigError(f"guidance_interval {interval} ends before it starts: give (low, high), with 0 at the data.")

@@ -15,6 +15,7 @@ from vrpo.alignment.build import default_depth
 from vrpo.alignment.projector import projector_of, unit
 from vrpo.alignment.prototypes import PREFIX
 from vrpo.config import RunConfig
+from vrpo.diffusion.samplers import TIME_TOLERANCE
 from vrpo.errors import CheckpointError, ConfigError
 from vrpo.files import load_tensors
 from vrpo.models.taps import Taps
@@ -22,8 +23,6 @@ from vrpo.models.transformer import SIZES, parse_model_name
 from vrpo.randomness import STREAM_SELECT, mix
 
 Rule = Literal["best", "resample"]
-# An interval's end must be met by a grid time that differs from it by rounding alone.
-TIME_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from vrpo.data.transforms import to_uint8
 from vrpo.diffusion.losses import Denoising, FlowMatching, NoisePrediction
 from vrpo.diffusion.noise import SampleNoise
 from vrpo.diffusion.paths import get_path
-from vrpo.diffusion.samplers import DIT_SAMPLERS, FLOW_SAMPLERS, sample, sample_dit
+from vrpo.diffusion.samplers import check_settings, sample, sample_dit
 from vrpo.diffusion.state import Layout, State
-from vrpo.errors import ConfigError, nearest
 from vrpo.models.taps import NO_TAPS
 from vrpo.models.transformer import DiffusionTransformer
 from vrpo.sampling.candidates import Candidates
@@ -31,34 +30,21 @@ def build_denoising(kind: str, config: DiffusionConfig) -> Denoising:
     return FlowMatching(get_path(config.path), config.time, config.logit_mean, config.logit_std)
 
 
-def check_sampler(kind: str, name: str) -> None:
-    """Raise ConfigError if the sampler ``name`` does not fit a transformer of ``kind``."""
-    choices = DIT_SAMPLERS if kind == "DiT" else FLOW_SAMPLERS
-    if name not in choices:
-        raise ConfigError(f"sample.sampler '{name}' does not fit {kind}: {nearest(name, choices)}")
-
-
 def check_sampling(kind: str, settings: SampleConfig, conditional: bool) -> None:
     """Refuse settings that a transformer of ``kind``, with classes or without, cannot be sampled by.
 
     Raises:
         ConfigError: the first that does not fit.
     """
-    check_sampler(kind, settings.sampler)
-    low, high = settings.guidance_interval
-    if low > high:
-        raise ConfigError(f"sample.guidance_interval {low:g} {high:g} ends before it starts: write {high:g} {low:g}.")
-    steps = settings.steps
-    if settings.sampler == "ddim" and 1000 % steps:
-        closest = min((n for n in range(1, 1001) if 1000 % n == 0), key=lambda n: abs(n - steps))
-        raise ConfigError(f"sample.steps {steps} does not divide the 1,000 steps of ddim: use {closest}.")
-    if settings.sampler == "ddpm" and steps > 1000:
-        raise ConfigError(f"sample.steps {steps} is more than the 1,000 steps of ddpm: use 1000 or fewer.")
-    if settings.guidance_scale != 1 and not conditional:
-        raise ConfigError(
-            f"sample.guidance_scale {settings.guidance_scale:g} needs classes, and the model has none "
-            "(data.conditional is false): use 1."
-        )
+    check_settings(
+        kind,
+        settings.sampler,
+        settings.steps,
+        settings.guidance_scale,
+        settings.guidance_interval,
+        classes=conditional,
+        section="sample.",
+    )
 
 
 def default_compute_batch(device: torch.device, tokens: int) -> int:
