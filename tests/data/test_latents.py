@@ -72,7 +72,7 @@ def test_without_pixels_and_without_flips(images: np.ndarray, folder: Path, tmp_
     make(images, tmp_path / "out", folder, keep_pixels=False, flip=False)
     dataset = ShardedDataset(tmp_path / "out")
     assert not dataset.holds_pixels
-    with pytest.raises(DataError, match="holds latents without pixels"):
+    with pytest.raises(DataError, match="holds latents without pixels: prepare the images with --keep-pixels, or"):
         dataset.read(np.arange(3))
     with pytest.raises(DataError, match="no latents of mirror images"):
         dataset.read_latents(np.arange(3), np.ones(3, dtype=bool))

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vrpo.alignment.projector import unit
 from vrpo.errors import CheckpointError
+from vrpo.files import tensors_hash
 from vrpo.vision.encoders import Encoder, load_encoder
 
 GRID, WIDTH = 6, 48
@@ -213,6 +214,64 @@ def test_a_processor_s_own_scale_is_followed(tmp_path, settings, mean, std) -> N
     encoder = load_encoder(str(folder), grid=4)
     pixels = images(1, encoder.input_size)
     torch.testing.assert_close(encoder._prepare(pixels), (pixels.float() - mean) / std)
+
+
+def without(folder: Path, part: str) -> None:
+    """Take all weights whose names contain ``part`` out of a folder."""
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    kept = {name: value for name, value in state.items() if part not in name}
+    assert len(kept) < len(state)
+    save_file(kept, file, metadata={"format": "pt"})
+
+
+def test_a_pooler_that_the_file_lacks_changes_neither_tokens_nor_fingerprint(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(
+        hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, image_size=32, patch_size=8
+    )
+    torch.manual_seed(3)
+    ViTModel(config).save_pretrained(tmp_path)
+    whole, pixels = load_encoder(str(tmp_path), grid=4), images(2, 32)
+    without(tmp_path, "pooler")
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(load_encoder(str(tmp_path), grid=4))
+        assert torch.initial_seed() == seed
+        assert torch.equal(found[-1].tokens(pixels), whole.tokens(pixels))
+    assert found[0].fingerprint == found[1].fingerprint != whole.fingerprint
+    assert torch.equal(found[0].pooled(pixels), found[1].pooled(pixels))
+    own = {name: value for name, value in found[0].backbone.network.state_dict().items() if "pooler" not in name}
+    assert found[0].weights_hash == tensors_hash(own)
+
+
+@pytest.mark.parametrize("part", ["1.attention.", "layernorm."])
+def test_a_transformers_model_that_is_partly_random_is_refused(tmp_path: Path, part: str) -> None:
+    folder = transformers_folder(tmp_path / "dinov2", "dinov2")
+    without(folder, part)
+    with pytest.raises(CheckpointError, match=rf"model '.*' lack '.*{part}.*': get its model.safetensors again"):
+        load_encoder(str(folder), grid=4)
+
+
+DAMAGES = [("model.safetensors", b"half of it"), ("config.json", b"[" * 100_000), ("config.json", b"{")]
+STATISTICS = [("preprocessor_config.json", content) for content in (b"{", b"[1, 2]", b'{"rescale_factor": 0}')]
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "content"),
+    [(timm_folder, *damage) for damage in DAMAGES]
+    + [(transformers_folder, *damage) for damage in DAMAGES + STATISTICS],
+)
+def test_a_damaged_folder_is_one_sentence(make: Any, name: str, content: bytes, tmp_path: Path) -> None:
+    folder = make(tmp_path / "clip", "clip")
+    assert (folder / name).is_file()
+    (folder / name).write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        load_encoder(str(folder), grid=4)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")

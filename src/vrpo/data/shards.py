@@ -128,8 +128,8 @@ class ShardedDataset:
 
         if not self.holds_pixels:
             raise DataError(
-                f"'{self.path}' holds latents without pixels: prepare the images with --keep-pixels True, or give "
-                "another data set."
+                f"'{self.path}' holds latents without pixels: prepare the images with --keep-pixels, or give another "
+                "data set."
             )
         indices = self._checked(indices)
         pixels = np.empty((len(indices), *self._shapes["pixels"]), dtype=np.uint8)

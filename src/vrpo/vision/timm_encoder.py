@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from contextlib import nullcontext
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from vrpo.errors import CheckpointError, ConfigError, nearest
 from vrpo.files import misfit, sha256_file, tensors_hash
+from vrpo.untrusted import read_json
 from vrpo.vision.backbone import Backbone
 from vrpo.vision.catalogue import ENCODERS, Entry
 from vrpo.vision.checkpoint_keys import plain_keys
@@ -140,7 +140,7 @@ def is_timm_folder(name: str) -> bool:
     if not file.is_file():
         return False
     try:
-        settings = json.loads(file.read_text("utf-8"))
+        settings = read_json(file)
     except (ValueError, OSError):
         return False
     return isinstance(settings, dict) and "architecture" in settings and "model_type" not in settings
@@ -176,7 +176,7 @@ def load_timm(name: str, *, weights: str | Path | None, feature: int | None) -> 
     try:
         with asking_hub(target) if published else nullcontext():
             network = _create(target, entry, pretrained=published)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # the hub, the file system, the formats and the shapes all have errors of their own
         if folder is not None:
             raise CheckpointError(
                 f"The folder {folder} does not describe a network that timm can build "

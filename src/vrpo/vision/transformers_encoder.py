@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from vrpo.errors import CheckpointError, ConfigError
 from vrpo.files import sha256_file, tensors_hash
+from vrpo.untrusted import read_json
 from vrpo.vision.backbone import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Backbone
 from vrpo.vision.hub import asking_hub
 from vrpo.vision.weight_files import fit_weights, read_weights
@@ -28,6 +28,10 @@ FAMILY_STATISTICS = {
     "beit": (HALF, HALF),
 }
 MAP_PROBE = 128
+# What the tokens do without, so that published files may lack it.
+SPARE = ("pooler", "mask_token")
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 class TransformersBackbone(Backbone):
@@ -40,10 +44,12 @@ class TransformersBackbone(Backbone):
         *,
         feature: int | None,
         weights_hash: str,
-        statistics: tuple[tuple[float, ...], tuple[float, ...]],
+        statistics: Statistics,
+        pooler: bool = True,
     ) -> None:
         super().__init__()
         self.name, self.network, self.weights_hash = name, network, weights_hash
+        self.pooler = pooler  # whether the network's own pooling has weights
         self.index = feature
         self.feature = "last" if feature is None else str(feature)
         self.mean, self.std = statistics
@@ -100,7 +106,7 @@ class TransformersBackbone(Backbone):
         states = output.last_hidden_state
         if self.prefix:
             return states[:, 0]
-        own = getattr(output, "pooler_output", None)
+        own = getattr(output, "pooler_output", None) if self.pooler else None
         if own is not None:
             return own.flatten(1)
         return states.mean(dim=1) if states.ndim == 3 else states.mean(dim=(2, 3))
@@ -155,10 +161,11 @@ def load_transformers(name: str, *, weights: str | Path | None, feature: int | N
     """
     source = name.removeprefix(PREFIX)
     with asking_hub(source):
-        model, statistics = _fetch(source, own=weights is None)
+        model, missing, statistics = _fetch(source, own=weights is None)
     network = getattr(model, "vision_model", model).eval()
     if getattr(network, "main_input_name", "pixel_values") != "pixel_values":
         raise ConfigError(f"Encoder '{name}' does not take images: choose an image model.")
+    lacking = _lacking(name, missing, "vision_model." if network is not model else "")
     digest = None
     if weights is not None and weights != "random":
         path = Path(weights)
@@ -168,42 +175,65 @@ def load_transformers(name: str, *, weights: str | Path | None, feature: int | N
         name,
         network,
         feature=feature,
-        weights_hash=digest or tensors_hash(network.state_dict()),
+        # What the file lacks is no part of what the weights are told by.
+        weights_hash=digest
+        or tensors_hash({key: value for key, value in network.state_dict().items() if key not in lacking}),
         statistics=statistics,
+        pooler=not any("pooler" in key for key in lacking),
     )
 
 
-def _fetch(source: str, *, own: bool) -> tuple[nn.Module, tuple[tuple[float, ...], tuple[float, ...]]]:
-    """Return a model, with its ``own`` weights or random ones, and the channel statistics beside it."""
+def _lacking(name: str, missing: set[str], prefix: str) -> set[str]:
+    """Return which weights of the network, whose names begin with ``prefix`` in the model, its file lacks.
+
+    Raises:
+        CheckpointError: the tokens depend on one of them.
+    """
+    own = {key.removeprefix(prefix) for key in missing if key.startswith(prefix)}
+    needed = sorted(key for key in own if not any(part in SPARE for part in key.split(".")))
+    if needed:
+        raise CheckpointError(
+            f"The weights of the transformers model '{name}' lack '{needed[0]}': get its model.safetensors again, or "
+            "another model."
+        )
+    return own
+
+
+def _fetch(source: str, *, own: bool) -> tuple[nn.Module, set[str], Statistics]:
+    """Return a model, with its ``own`` weights or random ones, which of its own are missing, and its statistics."""
     from transformers import AutoConfig, AutoModel
 
+    missing: set[str] = set()
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.model_type == "vit_mae":
             config.mask_ratio = 0.0
-        if own:
-            model = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, trust_remote_code=False)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # what is random, all or what a file lacks, is the same each time
+            if own:
+                model, found = AutoModel.from_pretrained(
+                    source, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+                )
+                missing = set(found["missing_keys"])
+            else:
                 model = AutoModel.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        return model, missing, _statistics(source, config.model_type)
+    except Exception as error:  # the hub, the file system, the formats and the shapes all have errors of their own
         raise CheckpointError(
             f"The transformers model '{source}' could not be had ({type(error).__name__}): give a local "
-            "folder that holds its config.json and model.safetensors as the encoder's name."
+            "folder that holds its config.json and model.safetensors, whole, as the encoder's name."
         ) from error
-    return model, _statistics(source, config.model_type)
 
 
-def _statistics(source: str, model_type: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the channel statistics beside the model, or its family's."""
+def _statistics(source: str, model_type: str) -> Statistics:
+    """Return the channel statistics beside the model, or its family's; damaged ones raise errors of several types."""
     from transformers.utils import cached_file
 
     try:
         found = cached_file(source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-        settings = json.loads(Path(found).read_text()) if found else {}
     except OSError:
-        settings = {}
+        found = None
+    settings = read_json(Path(found)) if found else {}
     mean, std = FAMILY_STATISTICS.get(model_type, (IMAGENET_MEAN, IMAGENET_STD))
     mean, std = settings.get("image_mean") or mean, settings.get("image_std") or std
     if not settings.get("do_normalize", True):
