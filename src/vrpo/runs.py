@@ -228,7 +228,8 @@ def _is_telemetry(record: Record) -> bool:
 
 
 def _has_shape_of_facts(facts: Record) -> bool:
-    return isinstance(facts.get("data", {}), dict) and isinstance(facts.get("encoders", []), list)
+    kinds = {"data": dict, "held_out": dict, "encoders": list}
+    return all(isinstance(facts[key], kind) for key, kind in kinds.items() if key in facts)
 
 
 def _parse_object(text: str | bytes) -> Record | None:

@@ -319,6 +319,23 @@ def test_lpips_adds_to_the_loss_and_refuses_images_too_small(lpips_config: Image
         add(lpips_config.model_copy(update={"input_size": None}))
 
 
+def test_networks_are_told_by_their_weights(lpips_config: ImageDistanceConfig) -> None:
+    def fingerprint(linear: Path) -> str:
+        config = lpips_config.model_copy(update={"linear_weights": str(linear)})
+        distance = load_distance(config, channels=3, image_size=SIDE, tokens=TOKENS, device=torch.device("cpu"))
+        assert distance is not None
+        return str(distance.fingerprint)
+
+    assert lpips_config.linear_weights is not None
+    linear = Path(lpips_config.linear_weights)
+    first = fingerprint(linear)
+    assert first.startswith("lpips-alex weights=")
+    moved = linear.rename(linear.with_name("moved.safetensors"))
+    assert fingerprint(moved) == first
+    save_file({name: 2 * value for name, value in load_file(moved).items()}, moved)
+    assert fingerprint(moved) != first
+
+
 def test_real_encoder_ranks_images_by_noise(shared_data: Path) -> None:
     from zipfile import ZipFile
 

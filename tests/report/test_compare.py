@@ -225,6 +225,69 @@ def test_variants_are_labelled_by_what_sets_them_apart(make_run: MakeRun, tmp_pa
     assert set(found.differences) == {"align.vrpo.gate", "align.weight"}
 
 
+def test_where_and_by_what_a_run_was_made_is_no_other_experiment(make_run: MakeRun, tmp_path: Path) -> None:
+    def trained(name: str, seed: int, weights: str = "9f3c" * 16, held_out: str = "11" * 32) -> Path:
+        here = f"/machine-{name}"
+        settings = {
+            "data": {"path": f"{here}/data", "validation": f"{here}/{name}"},
+            "encoder": {"weights": f"{here}/encoder.safetensors", "name": f"{here}/folder"},
+            "train": {"device": f"cuda:{seed}", "compile": seed > 0, "parallel": "fsdp", "keep_checkpoints": seed},
+            "evaluate": {"weights": f"{here}/judge.safetensors"},
+        }
+        run = make_run(name, "repa", seed, samples=False, evaluations=2, config=settings)
+        facts = json.loads((run / "run.json").read_text())
+        facts["encoders"] = [f"x weights={weights} input=32 precision={'float32' if seed else 'bfloat16'}"]
+        facts["held_out"] = {"path": f"{here}/{name}", "fingerprint": held_out, "images": 1000}
+        (run / "run.json").write_text(json.dumps(facts))
+        return run
+
+    same = [trained(f"seed-{seed}", seed) for seed in range(3)]
+    found = compare(same, tmp_path / "r.html")
+    assert [group.seeds for group in found.groups] == [(0, 1, 2)]
+    assert len({m.protocol for curves in found.groups[0].curves for m in curves if m.protocol.held_out}) == 1
+    others = [trained("other-encoder", 3, weights="ab" * 32), trained("other-images", 4, held_out="22" * 32)]
+    found = compare([*same, *others], tmp_path / "r.html")
+    assert sorted(len(group.runs) for group in found.groups) == [1, 1, 3]
+    assert set(found.differences) == {"encoder.weights", "data.validation", "train.compile"}
+
+
+def test_held_out_images_are_told_by_their_fingerprint_not_by_the_folder_s_name(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    runs = [make_run(name, name, samples=False, evaluations=2) for name in ("none", "repa")]
+    for run, fingerprint in zip(runs, ("11" * 32, "22" * 32), strict=True):
+        facts = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps({**facts, "held_out": {"fingerprint": fingerprint}}))
+    found = compare(runs, tmp_path / "r.html")
+    assert not any(row.measure.protocol.held_out for row in found.speed_ups)
+
+
+@pytest.mark.parametrize(
+    ("network", "recorded", "circular"),
+    [
+        ("tf_efficientnet_lite0", None, True),
+        ("resnet18", None, False),
+        ("somewhere", f"x weights={'9f3c' * 16} input=32", True),
+        ("tf_efficientnet_lite0", f"x weights={'ab' * 32} input=32", False),
+    ],
+)
+@pytest.mark.parametrize("objective", ["none", "repa"])
+def test_scoring_in_the_network_of_the_image_distance_is_called_circular(
+    make_run: MakeRun, tmp_path: Path, objective: str, network: str, recorded: str | None, circular: bool
+) -> None:
+    features = {**PROTOCOL["features"], "name": "EfficientNet-Lite0", "architecture": "tf_efficientnet_lite0"}
+    config = {
+        "encoder": {"name": "resnet10t"},
+        "align": {"perceptual_image": {"kind": "encoder", "network": network, "network_weights": None}},
+    }
+    protocol = {**PROTOCOL, "features": features}
+    run = make_run("run", objective, samples=False, protocol=protocol, config=config)
+    if recorded:
+        info = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps({**info, "encoders": [], "image_distance": recorded}))
+    assert any("circular" in line for line in compare([run], tmp_path / "r.html").warnings) is circular
+
+
 @pytest.mark.parametrize(
     ("recorded", "circular"),
     [(None, True), (["x weights=9f3c input=224"], False), ([f"x weights={'9f3c' * 16} input=224"], True)],

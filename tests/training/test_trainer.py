@@ -22,13 +22,16 @@ from tiny import CLASSES, pictures
 from vrpo.alignment.objective import AlignmentBatch, Objective
 from vrpo.config_load import to_yaml
 from vrpo.data.prepare import prepare
+from vrpo.data.shards import ShardedDataset
 from vrpo.data.sources import ArraySource
 from vrpo.errors import CheckpointError, ConfigError, EvaluationError
 from vrpo.evaluation.protocol import Protocol
 from vrpo.models.taps import Taps
+from vrpo.runs import Run
 from vrpo.training import trainer as trainer_module
 from vrpo.training.trainer import Trainer, TrainResult
 from vrpo.training.trouble import NonFiniteError
+from vrpo.vision.encoders import load_feature_network
 
 
 def run(config: Any, folder: Path, **options: Any) -> TrainResult:
@@ -568,3 +571,18 @@ def test_a_scaffolded_run_resumes_and_leaves_a_plain_transformer(supply: str, ma
     logged = records(tmp_path / "whole", "train")[-1]
     assert set(logged["objective/scaffold_encoder"]) == {0.0}
     assert all(images > 0 for images in logged["objective/scaffold_handed_at"])
+
+
+def test_facts_tell_the_held_out_images_and_the_network_of_the_image_distance(
+    make_config: Any, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    network = {"kind": "encoder", "network": "resnet10t", "network_weights": "random", "feature": 1, "input_size": 32}
+    run(make_config(train={"images": 8}, align={"perceptual_image": network}), tmp_path / "run")
+    facts = Run(tmp_path / "run").info
+    held_out = ShardedDataset(data[1])
+    told = {"path": str(held_out.path), "fingerprint": held_out.fingerprint, "images": len(held_out)}
+    assert facts["held_out"] == told
+    judge = load_feature_network("resnet10t", weights="random", device=torch.device("cpu"))
+    assert f"weights={judge.weights_hash} " in facts["image_distance"]
+    run(make_config(train={"images": 8}, data={"validation": None}), tmp_path / "bare")
+    assert not {"held_out", "image_distance"} & set(Run(tmp_path / "bare").info)

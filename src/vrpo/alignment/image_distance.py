@@ -137,6 +137,8 @@ def load_distance(
 ) -> nn.Module | None:
     """Return the ``Distance`` that ``config`` asks for, its weights those of a module, or None where it asks for none.
 
+    Its ``fingerprint`` is a text that changes whenever its network does.
+
     ``channels`` and ``image_size`` are those of the latents, ``tokens`` the N of the trunk's grid, ``device`` where
     the frozen network runs. Raises ConfigError for latents that are not images and for settings that do not fit,
     CheckpointError for weights that cannot be used.
@@ -185,6 +187,6 @@ def _encoder_distance(config: ImageDistanceConfig, image_size: int, tokens: int,
         # A gradient through a whole network is worth float32, and few images are compared.
         dtype=torch.float32,
     )
-    distance = EncoderDistance(token_features(encoder))
+    distance = EncoderDistance(token_features(encoder), encoder.fingerprint)
     distance.add_module("encoder", encoder)  # which is nobody else's
     return distance

@@ -13,6 +13,7 @@ from typing import Any
 
 from vrpo.errors import DataError, nearest
 from vrpo.evaluation.protocol import network_label
+from vrpo.free_keys import ENCODER_WEIGHTS, is_free
 from vrpo.report import formats
 from vrpo.report.curves import Curve
 from vrpo.report.measures import Cost, Measure, Protocol, measure_curves, training_cost
@@ -20,6 +21,12 @@ from vrpo.runs import Run, flatten
 
 # Where a run is written and what it is called do not make it another experiment.
 _PLACES = {"name", "out", "output", "output_dir", "run_dir", "resume"}
+# Free to move, but told by a fingerprint: another one makes another experiment.
+_TOLD = re.compile(rf"data\.(path|validation)|{ENCODER_WEIGHTS.pattern}")
+# What changes how fast weights are found, though not which.
+_SPEED = ("train.compile", "train.parallel", "train.shard_size")
+_ENCODERS = r"(encoder|more_encoders\.\d+)\.(name|weights)"
+_IMAGE_NETWORK = r"align\.perceptual_image\.(network|network_weights|linear_weights)"
 _OBJECTIVE_SECTIONS = ("align.", "encoder.", "more_encoders.")
 
 
@@ -58,18 +65,50 @@ class Group:
         return math.fsum(values) / len(values) if values else None
 
 
-def identity(run: Run) -> dict[str, Any]:
-    """Return what makes a run the experiment it is: its configuration without seeds, names and output places.
+def experiment_settings(run: Run) -> dict[str, Any]:
+    """Return a run's configuration without seeds, names and output places.
 
-    Data sets are known by fingerprint where the run recorded one, not by where they lie.
+    Data sets and networks are known by fingerprint where the run recorded one, not by where they lie.
     """
     leaves = {
         key: value for key, value in flatten(run.config).items() if key not in _PLACES and key.split(".")[-1] != "seed"
     }
-    fingerprint = run.info.get("data", {}).get("fingerprint")
-    if fingerprint and "data.path" in leaves:
-        leaves["data.path"] = f"data {str(fingerprint)[:12]}"
+    facts = run.info
+    for key, name in (("data.path", "data"), ("data.validation", "held_out")):
+        if key in leaves and (fingerprint := facts.get(name, {}).get("fingerprint")):
+            leaves[key] = f"data {str(fingerprint)[:12]}"
+    if "encoders" in facts:
+        told = [_weights(fingerprint) for fingerprint in facts["encoders"]]
+        _tell(leaves, _ENCODERS, told)
+    if "image_distance" in facts:
+        _tell(leaves, _IMAGE_NETWORK, [_weights(facts["image_distance"])])
     return leaves
+
+
+def _tell(leaves: dict[str, Any], network: str, told: Sequence[str]) -> None:
+    """Replace the places of networks and of their weights by what tells them."""
+    for key in [key for key in leaves if re.fullmatch(network, key)]:
+        if key.endswith("weights"):
+            del leaves[key]
+        elif isinstance(leaves[key], str) and PurePath(leaves[key]).is_absolute():
+            leaves[key] = PurePath(leaves[key]).name
+    section = "align.perceptual_image.network_weights" if network == _IMAGE_NETWORK else "encoder.weights"
+    if told:
+        leaves[section] = ", ".join(told)
+
+
+def _weights(fingerprint: object) -> str:
+    found = re.search(r"weights=([0-9a-f]+)", str(fingerprint))
+    return f"weights {found[1][:12]}" if found else str(fingerprint)[:60]
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """Return what makes a run the experiment it is: all its settings but those that shape no weights."""
+    return {key: value for key, value in experiment_settings(run).items() if _shapes(key)}
+
+
+def _shapes(key: str) -> bool:
+    return _TOLD.fullmatch(key) is not None or not is_free(key)
 
 
 def group_runs(runs: Sequence[Run]) -> tuple[tuple[Group, ...], list[str]]:
@@ -124,8 +163,11 @@ def choose_baseline(groups: Sequence[Group], wanted: str | None) -> Group:
 
 
 def config_differences(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
-    """Return each configuration key that differs between groups, with every group's value by label."""
-    trees = {group.label: identity(group.runs[0]) for group in groups}
+    """Return each setting of the experiments or of their speed that differs, with every group's value by label."""
+    trees = {}
+    for group in groups:
+        settings = experiment_settings(group.runs[0])
+        trees[group.label] = {key: value for key, value in settings.items() if key in _SPEED or _shapes(key)}
     keys = dict.fromkeys(key for tree in trees.values() for key in tree)
     return {
         key: {label: tree.get(key) for label, tree in trees.items()}
@@ -135,25 +177,28 @@ def config_differences(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
 
 
 def is_circular(protocol: Protocol, groups: Sequence[Group]) -> bool:
-    """Whether a protocol scores in a network that some group was aligned to.
+    """Whether a protocol scores in a network through which some group was trained: aligned to it, or by its distance.
 
     Networks are told apart by the hash of their weights where the run recorded it, else by name.
     """
-    for group in groups:
-        if group.objective == "none" or not protocol.features:
-            continue
-        recorded = group.runs[0].info.get("encoders")
+    return bool(protocol.features) and any(_trained_through(protocol, group.runs[0]) for group in groups)
+
+
+def _trained_through(protocol: Protocol, run: Run) -> bool:
+    config, facts = flatten(run.config), run.info
+    image = [facts["image_distance"]] if "image_distance" in facts else []
+    compares = config.get("align.perceptual_image.kind", "none") != "none"
+    for recorded, used, keys in (
+        (facts.get("encoders"), run.objective != "none", _ENCODERS),
+        (image, compares, _IMAGE_NETWORK),
+    ):
         if recorded and protocol.weights_hash:
             if any(f"weights={protocol.weights_hash}" in str(item) for item in recorded):
                 return True
-            continue
-        named = {
-            network_label(PurePath(value).name)
-            for key, value in flatten(group.runs[0].config).items()
-            if re.fullmatch(r"(encoder|more_encoders\.\d+)\.(name|weights)", key) and isinstance(value, str)
-        }
-        if protocol.features in named:
-            return True
+        elif used:
+            values = [value for key, value in config.items() if re.fullmatch(keys, key) and isinstance(value, str)]
+            if protocol.features in {network_label(PurePath(value).name) for value in values}:
+                return True
     return False
 
 

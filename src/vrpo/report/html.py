@@ -13,7 +13,7 @@ from vrpo.report import formats
 from vrpo.report.charts import curve_charts, telemetry_sections
 from vrpo.report.curves import PairedSpeedUp
 from vrpo.report.figures import PALETTE, Style, assign_styles
-from vrpo.report.groups import Group, identity
+from vrpo.report.groups import Group, experiment_settings
 from vrpo.runs import Run, SampleGrid, number
 
 if TYPE_CHECKING:
@@ -299,7 +299,7 @@ def difference_grid(comparison: Comparison, styles: dict[str, Style]) -> Grid | 
 
 def shared_configuration(groups: Sequence[Group]) -> list[tuple[str, str]]:
     """Return the configuration that every group has in common."""
-    first, *others = [identity(group.runs[0]) for group in groups]
+    first, *others = [experiment_settings(group.runs[0]) for group in groups]
     return [
         (key, formats.plain(value))
         for key, value in first.items()

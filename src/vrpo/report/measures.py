@@ -88,14 +88,15 @@ def evaluation_protocol(record: Record) -> Protocol:
 def held_out_protocol(run: Run) -> Protocol:
     """Return the protocol of a run's held-out loss: which data, which loss, which noise."""
     config, data = flatten(run.config), run.info.get("data", {})
-    validation = config.get("data.validation")
+    path = config.get("data.validation")
+    told = run.info.get("held_out", {}).get("fingerprint") or (PurePath(str(path)).name if path else None)
     items = {
         "score": "denoising loss of the EMA weights on held-out images, noise and times fixed",
         "loss": str(config.get("model.name", "")).split("-")[0] or None,
         "path": config.get("diffusion.path"),
         "times": config.get("diffusion.time"),
         "images": config.get("train.validation_images"),
-        "validation": PurePath(str(validation)).name if validation else None,
+        "validation": told,
         "trained_on": data.get("fingerprint"),
     }
     return Protocol.of({key: value for key, value in items.items() if value is not None}, held_out=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from vrpo.config import RunConfig
 from vrpo.config_load import load_file, to_yaml, validate
 from vrpo.errors import ConfigError
 from vrpo.files import is_unfinished, write_text
+from vrpo.free_keys import is_free
 from vrpo.models.transformer import parameter_count
 from vrpo.runs import flatten
 from vrpo.training.distributed import World
@@ -24,23 +24,6 @@ from vrpo.training.setup import Parts
 from vrpo.training.telemetry import Journal
 from vrpo.untrusted import seal, seal_text
 
-# What a resumed run may change: nothing that shapes the weights. Data and encoders are told by their fingerprints,
-# wherever their files lie.
-FREE_KEYS = (
-    "name",
-    "data.path",
-    "data.validation",
-    "data.prefetch",
-    "data.verify",
-    "train.device",
-    "train.compile",
-    "train.parallel",
-    "train.shard_size",
-    "train.keep_checkpoints",
-)
-FREE_ENDINGS = ("_every", "encoder.weights")
-FURTHER_WEIGHTS = re.compile(r"more_encoders\.\d+\.weights")
-FREE_SECTIONS = ("sample.", "evaluate.")
 # Objectives in which nothing depends on how long the run will be.
 TIMELESS = ("none", "repa", "irepa", "contrastive")
 # Objectives that compare images of one forward pass with each other; for the others its size is a matter of memory.
@@ -66,23 +49,21 @@ def claim_folder(run: Path, config: RunConfig, resume: bool) -> None:
     old = flatten(validate(load_file(file, sealed=True), str(file)).model_dump(mode="json"))
     new = flatten(config.model_dump(mode="json"))
     for key in sorted(set(old) | set(new)):
-        if old.get(key) != new.get(key) and not _is_free(key, config):
+        if old.get(key) != new.get(key) and not _may_change(key, config):
             raise ConfigError(
                 f"resuming {run} would change {key} from {old.get(key)} to {new.get(key)}: start a new run with "
                 "another --out, or leave it as it was."
             )
 
 
-def _is_free(key: str, config: RunConfig) -> bool:
+def _may_change(key: str, config: RunConfig) -> bool:
     align = config.align
     if key == "train.images":
         counted = align.supply == "none" or (align.supply == "clock" and align.scaffold.steps > 0)
         return align.side in TIMELESS and counted and align.perceptual_image.kind == "none"
     if key == "train.micro_batch":
         return align.side not in COMPARING
-    if FURTHER_WEIGHTS.fullmatch(key):
-        return True
-    return key in FREE_KEYS or key.endswith(FREE_ENDINGS) or key.startswith(FREE_SECTIONS)
+    return is_free(key)
 
 
 def begin_folder(run: Path, parts: Parts, world: World) -> None:
@@ -101,9 +82,9 @@ def write_facts(run: Path, parts: Parts, status: str, world: World) -> None:
 
 def _facts(parts: Parts, status: str, world: World) -> dict[str, Any]:
     """Return what ``run.json`` records about a run."""
-    data = parts.dataset
+    data, held_out = parts.dataset, parts.held_out
     device = parts.device
-    return {
+    facts = {
         "name": parts.config.name,
         "objective": parts.config.align.objective,
         "status": status,
@@ -123,6 +104,15 @@ def _facts(parts: Parts, status: str, world: World) -> dict[str, Any]:
             "class_names": list(data.class_names),
         },
     }
+    if held_out is not None:
+        facts["held_out"] = {
+            "path": str(held_out.path),
+            "fingerprint": held_out.fingerprint,
+            "images": len(held_out),
+        }
+    if parts.image_distance is not None:
+        facts["image_distance"] = parts.image_distance.fingerprint
+    return facts
 
 
 def open_journal(run: Path, images: int, world: World, say: Callable[[str], None]) -> Journal:

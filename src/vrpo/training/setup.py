@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vrpo.alignment.build import TrunkShape, build_objective, check_depths
 from vrpo.alignment.image_distance import load_distance
@@ -41,6 +42,7 @@ class Parts:
     denoising: Denoising
     targets: Targets
     flip: bool
+    image_distance: nn.Module | None
 
     @property
     def num_classes(self) -> int:
@@ -174,4 +176,5 @@ def build_parts(config: RunConfig, say: Say, progress: Any = None, world: World 
         denoising=build_denoising(trunk.kind, config.diffusion),
         targets=targets,
         flip=flip,
+        image_distance=distance,
     )

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vrpo.errors import ConfigError, nearest
+from vrpo.files import tensors_hash
 from vrpo.vision.weight_files import fit_weights, read_weights
 
 if TYPE_CHECKING:
@@ -72,12 +73,12 @@ class EncoderDistance(nn.Module):
     """One minus the mean cosine between an encoder's tokens of two images.
 
     ``features`` maps images (B, 3, H, W) in [-1, 1] to tokens (B, N, C), differentiably. It is not registered
-    as a submodule: a frozen encoder belongs to its owner.
+    as a submodule: a frozen encoder belongs to its owner. ``fingerprint`` is that of the encoder.
     """
 
-    def __init__(self, features: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, features: Callable[[Tensor], Tensor], fingerprint: str = "") -> None:
         super().__init__()
-        self._features = (features,)
+        self._features, self.fingerprint = (features,), fingerprint
 
     def forward(self, predicted: Tensor, images: Tensor) -> Tensor:
         """Return the distance (B,) of ``predicted`` to ``images``, differentiable in ``predicted`` only."""
@@ -123,7 +124,7 @@ class Lpips(nn.Module):
 
         if network not in _LPIPS_LAYERS:
             raise ConfigError(f"LPIPS has no network '{network}': {nearest(network, _LPIPS_LAYERS)}")
-        self.input_size, self.smallest = input_size, _LPIPS_SMALLEST[network]
+        self.network, self.input_size, self.smallest = network, input_size, _LPIPS_SMALLEST[network]
         layers = _LPIPS_LAYERS[network]
         features: nn.Sequential = (alexnet if network == "alex" else vgg16)(weights=None).features
         ends = (0, *(end for end, _ in layers))
@@ -146,6 +147,11 @@ class Lpips(nn.Module):
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
         self.requires_grad_(False)
         self.eval()
+
+    @property
+    def fingerprint(self) -> str:
+        """Text that changes whenever the distances do: network, weights, input size."""
+        return f"lpips-{self.network} weights={tensors_hash(self.state_dict())} input={self.input_size}"
 
     def forward(self, predicted: Tensor, images: Tensor) -> Tensor:
         """Return the distance (B,) between images (B, 3, H, W) in [-1, 1], in float32."""
