@@ -66,6 +66,8 @@ def test_protocol_states_samples_reference_and_network(network) -> None:
         "precision": "float32",
     }
     assert result.protocol["kid"]["subset_size"] == 40
+    assert result.protocol["kid"]["reference"] == 60
+    assert "KID over 100 subsets of 40, seed 2020, from 60 reference images" in result.protocol_line
     assert "ode-euler, 20 steps" in result.protocol_line
 
 

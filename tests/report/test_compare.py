@@ -14,8 +14,9 @@ from fabricated import PROTOCOL
 from scipy import stats
 
 from vrpo.errors import DataError
+from vrpo.evaluation.protocol import network_label
 from vrpo.report.compare import compare
-from vrpo.report.measures import Measure, evaluation_protocol
+from vrpo.report.measures import Measure, evaluation_protocol, measure_curves
 from vrpo.runs import Run
 
 MakeRun = Callable[..., Path]
@@ -160,11 +161,38 @@ def test_the_seed_of_samples_is_no_other_protocol_and_key_order_neither() -> Non
 
 @pytest.mark.parametrize(
     ("metric", "network", "label"),
-    [("fd", "MobileNetV2", "FD-MobileNetV2"), ("fd", "inception", "FID"), ("recall", "MobileNetV2", "Recall")],
+    [
+        ("fd", "MobileNetV2", "FD-MobileNetV2"),
+        ("fd", "inception", "FID"),
+        ("is", "inception", "IS"),
+        ("recall", "MobileNetV2", "Recall"),
+        ("fd", "inception-random", "FD-random Inception"),
+        ("sfid", "inception-random", "sFD-random Inception"),
+        ("is", "inception-random", "IS-random Inception"),
+        ("denoising", "", "Held-out loss"),
+        ("precision", "", "Precision"),
+        ("fd", "", "FD"),
+    ],
 )
 def test_only_distances_in_inception_are_called_fid(metric: str, network: str, label: str) -> None:
     protocol = evaluation_protocol({"protocol": {"features": {"name": network}}})
     assert Measure(protocol, metric).label == label
+    if network:
+        recorded = {"name": network_label(network), "architecture": network}
+        assert Measure(evaluation_protocol({"protocol": {"features": recorded}}), metric).label == label
+
+
+def test_scores_of_several_sample_seeds_are_averaged(make_run: MakeRun) -> None:
+    run = make_run("none", samples=False, evaluations=2)
+    last = Run(run).metrics("evaluation")[-1]
+    (run / "evaluations").mkdir()
+    for name, seed, value in (("b", 1, 10.0), ("a", 2, 40.0)):
+        protocol = {**PROTOCOL, "steps": 51, "seed": seed, "kid": {"subsets": 100, "subset_size": 1000, "seed": 0}}
+        scored = {"step": last["step"], "metrics": {"fd": value, "kid": None}, "protocol": protocol}
+        (run / "evaluations" / f"{name}.json").write_text(json.dumps(scored))
+    curves = [curve for measure, curve in measure_curves(Run(run)).items() if '"steps": 51' in measure.protocol.key]
+    (curve,) = curves
+    assert (curve.images, curve.seconds, curve.scores) == ((last["images"],), (last["seconds"],), (25.0,))
 
 
 def test_runs_without_evaluations_still_give_a_report(make_run: MakeRun, tmp_path: Path) -> None:

@@ -244,7 +244,12 @@ class _Measures:
             size = min(kernel.SUBSET_SIZE, len(features), len(against.vectors))
             distance = kernel.kernel_distance(features, against.vectors, subset_size=size, seed=seed)
             values["kid"], deviations["kid"] = distance
-            settings["kid"] = {"subsets": kernel.SUBSETS, "subset_size": size, "seed": seed}
+            settings["kid"] = {
+                "subsets": kernel.SUBSETS,
+                "subset_size": size,
+                "seed": seed,
+                "reference": len(against.vectors),
+            }
         if _OF_MANIFOLDS & set(self._metrics):
             features = self._matrix.rows(self._images.name)
             cover = precision_recall(features, against.vectors, device=network_device(self._network))

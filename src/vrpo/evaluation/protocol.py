@@ -21,7 +21,7 @@ IMAGE_CONVERSION = "uint8: floor of clamp(127.5 x + 128, 0, 255)"
 INCEPTION = "inception"
 _MAX_RECORD = 1 << 20
 
-_METRIC_NAMES = {
+METRIC_NAMES = {
     "fd": "FD",
     "sfid": "sFD",
     "is": "IS",
@@ -134,7 +134,8 @@ class Protocol:
             self.image_conversion,
         ]
         if self.kid:
-            parts.append("KID over {subsets} subsets of {subset_size}, seed {seed}".format(**self.kid))
+            drawn = f", from {self.kid['reference']:,} reference images" if "reference" in self.kid else ""
+            parts.append("KID over {subsets} subsets of {subset_size}, seed {seed}".format(**self.kid) + drawn)
         if self.manifold:
             text = "manifolds of {samples:,} samples and {reference:,} reference images, k = {neighbours}"
             parts.append(text.format(**self.manifold))
@@ -226,9 +227,10 @@ def network_label(name: str) -> str:
 def metric_label(metric: str, network: str) -> str:
     """Return the printed name of a metric, such as ``FD-MobileNetV2``.
 
-    Only scores in the ADM suite's Inception features may be called FID, sFID, IS or plain KID.
+    Only scores in the ADM suite's Inception features may be called FID, sFID, IS or plain KID. An empty ``network`` is
+    one that was not recorded.
     """
     if network == INCEPTION:
-        return {"fd": "FID", "sfid": "sFID"}.get(metric, _METRIC_NAMES[metric])
-    name = _METRIC_NAMES[metric]
-    return name if metric in ("precision", "recall") else f"{name}-{network_label(network)}"
+        return {"fd": "FID", "sfid": "sFID"}.get(metric, METRIC_NAMES[metric])
+    name = METRIC_NAMES[metric]
+    return name if metric in ("precision", "recall") or not network else f"{name}-{network_label(network)}"

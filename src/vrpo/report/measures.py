@@ -10,21 +10,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any
 
+from vrpo.evaluation.protocol import METRIC_NAMES, metric_label, network_label
 from vrpo.evaluation.protocol import Protocol as Recorded
-from vrpo.evaluation.protocol import network_label
 from vrpo.report.curves import Curve
 from vrpo.runs import Record, Run, flatten, number
 
 _LOWER_IS_BETTER = {"fd", "fid", "sfid", "kid", "denoising"}
-_METRIC_NAMES = {
-    "fd": "FD",
+# Beside those that `vrpo evaluate` computes.
+_OTHER_NAMES = {
     "fid": "FID",
-    "sfid": "sFID",
-    "kid": "KID",
-    "is": "IS",
     "inception_score": "IS",
-    "precision": "Precision",
-    "recall": "Recall",
     "cknna": "CKNNA",
     "denoising": "Held-out loss",
     "alignment": "Held-out alignment",
@@ -38,7 +33,7 @@ class Protocol:
     """How scores were obtained; scores of different protocols are never compared.
 
     ``key`` identifies it (canonical JSON), ``text`` says it in one line, ``features`` is the short name of
-    the feature network, empty for losses on ``held_out`` images.
+    the feature network and ``architecture`` its full one, both empty for losses on ``held_out`` images.
     """
 
     key: str
@@ -46,6 +41,7 @@ class Protocol:
     features: str = field(compare=False)
     held_out: bool = False
     weights_hash: str = field(default="", compare=False)
+    architecture: str = field(default="", compare=False)
 
     @classmethod
     def of(cls, items: Mapping[str, Any], features: str = "", held_out: bool = False) -> Protocol:
@@ -82,6 +78,7 @@ def evaluation_protocol(record: Record) -> Protocol:
         protocol,
         text=text or protocol.text,
         weights_hash=str(items.get("features.weights_hash", "")),
+        architecture=str(items.get("features.architecture", features)),
     )
 
 
@@ -116,28 +113,30 @@ class Measure:
 
     @property
     def label(self) -> str:
-        """The score's name; a distance is named after its feature network."""
-        name, network = _METRIC_NAMES.get(self.metric.lower(), self.metric), self.protocol.features
-        if self.metric.lower() not in ("fd", "kid") or not network:
-            return name
-        if network.lower() == "inception":
-            return {"FD": "FID"}.get(name, name)
-        return f"{name}-{network}"
+        """The score's name; what depends on a feature network is named after it."""
+        metric = self.metric.lower()
+        if metric in METRIC_NAMES:
+            return metric_label(metric, self.protocol.architecture)
+        return _OTHER_NAMES.get(metric, self.metric)
 
 
 def measure_curves(run: Run) -> dict[Measure, Curve]:
-    """Return every score of a run against images and seconds, in the order of first measurement."""
-    points: dict[Measure, dict[float, tuple[float, float]]] = {}
+    """Return every score of a run against images and seconds, in the order of first measurement.
 
-    def add(measure: Measure, record: Record, value: object) -> None:
+    Where samples of several seeds were scored at one time, the score is their mean; of one seed the newest counts.
+    """
+    points: dict[Measure, dict[float, dict[str, tuple[float, float]]]] = {}
+
+    def add(measure: Measure, record: Record, value: object, seeds: str = "") -> None:
         score, images = number(value), number(record.get("images"))
         if math.isfinite(score) and math.isfinite(images):
-            points.setdefault(measure, {})[images] = (number(record.get("seconds")), score)
+            of_seed = points.setdefault(measure, {}).setdefault(images, {})
+            of_seed[seeds] = (number(record.get("seconds")), score)
 
     for record in run.evaluations:
-        protocol = evaluation_protocol(record)
+        protocol, seeds = evaluation_protocol(record), _seeds(record)
         for metric, value in record["metrics"].items():
-            add(Measure(protocol, metric), record, value)
+            add(Measure(protocol, metric), record, value, seeds)
     held_out = held_out_protocol(run)
     for record in run.metrics("validation"):
         for metric in ("denoising", "alignment"):
@@ -145,9 +144,17 @@ def measure_curves(run: Run) -> dict[Measure, Curve]:
     curves = {}
     for measure, by_images in points.items():
         images = tuple(sorted(by_images))
-        seconds, scores = zip(*(by_images[position] for position in images), strict=True)
+        found = [zip(*by_images[position].values(), strict=True) for position in images]
+        seconds, scores = zip(*([statistics.fmean(values) for values in pair] for pair in found), strict=True)
         curves[measure] = Curve(images, seconds, scores)
     return curves
+
+
+def _seeds(record: Record) -> str:
+    """Return what an evaluation's protocol says of seeds, which is all that may differ within a measure."""
+    given = record.get("protocol")
+    items = flatten(given) if isinstance(given, Mapping) else {}
+    return str(sorted((key, str(value)) for key, value in items.items() if key.split(".")[-1] == "seed"))
 
 
 @dataclass(frozen=True)
