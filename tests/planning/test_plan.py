@@ -101,11 +101,11 @@ def test_machines_are_found_however_they_are_written() -> None:
         find_machine("abacus")
 
 
-def planned(count: int, parallel: str = "ddp") -> Any:
-    train = {"batch_size": 64, "parallel": parallel}
+def planned(count: int, parallel: str = "ddp", *, per_machine: int = 8, **train: Any) -> Any:
+    train = {"batch_size": 64, "parallel": parallel, **train}
     values = {"model": {"name": "SiT-N/2"}, "align": {"objective": "none"}, "train": train}
     facts = DataFacts(DataShape(16, 16, 3, 3), images=100, flips=False, latents=False)
-    return make_plan(validate(values, "the test"), facts, count=count, reduced_encoders=False)
+    return make_plan(validate(values, "the test"), facts, count=count, reduced_encoders=False, per_machine=per_machine)
 
 
 def test_more_processes_hold_less_and_take_less_time() -> None:
@@ -122,6 +122,36 @@ def test_sharded_networks_are_divided() -> None:
         assert getattr(parts, name) == pytest.approx(getattr(whole, name) / 4, rel=1e-6)
     block = whole.weights / 4  # SiT-N has four
     assert whole.activations < parts.activations <= whole.activations + 3 * block
+
+
+def test_hybrid_sharding_divides_within_a_machine() -> None:
+    whole = planned(64).memory
+    for plan, shards in (
+        (planned(64, "hybrid"), 8),
+        (planned(64, "hybrid", per_machine=4), 4),
+        (planned(64, "hybrid", shard_size=16), 16),
+        (planned(4, "hybrid"), 4),
+    ):
+        for name in ("weights", "ema", "moments"):
+            assert getattr(plan.memory, name) == pytest.approx(getattr(whole, name) / shards, rel=1e-6)
+    with pytest.raises(ConfigError, match=r"--per-machine 6 does not divide --count 64 into equal groups: use 4,"):
+        planned(64, "hybrid", per_machine=6)
+    with pytest.raises(ConfigError, match=r"train.shard_size 3 does not divide --count 64 into equal groups: use 2,"):
+        planned(64, "hybrid", shard_size=3)
+
+
+@pytest.mark.parametrize(
+    ("keys", "kept"),
+    [
+        ({}, 1),  # the last alone
+        ({"checkpoint_every": 6_400}, 2),
+        ({"checkpoint_every": 6_400, "keep_checkpoints": 3, "keep_every": 16_000}, 3 + 4),
+        ({"checkpoint_every": 16_000, "keep_every": 6_400}, 4),  # all of them
+    ],
+)
+def test_every_checkpoint_that_stays_is_counted(keys: dict[str, int], kept: int) -> None:
+    one = planned(1, images=64_000)
+    assert planned(1, images=64_000, **keys).disk.checkpoints == kept * one.disk.checkpoints
 
 
 def test_one_machine_s_memory_is_refused_when_it_is_too_small() -> None:

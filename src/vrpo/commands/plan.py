@@ -14,6 +14,7 @@ from vrpo.commands.outputs import tell
 from vrpo.commands.parse import option_names, parse
 from vrpo.config import Count, Positive, RunConfig
 from vrpo.errors import ConfigError
+from vrpo.planning.machines import PER_MACHINE
 
 if TYPE_CHECKING:
     from vrpo.planning.plan import DataFacts, Plan
@@ -39,6 +40,8 @@ class PlanOptions:
     """Machine to plan for, such as h100; default h100."""
     count: Positive = 1
     """Number of those."""
+    per_machine: Positive = PER_MACHINE
+    """How many of them are in one machine, among which `train.parallel hybrid` divides the weights."""
     here: bool = False
     """Plan for this machine, and measure its speed for some seconds."""
     utilisation: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -64,7 +67,7 @@ def plan(words: list[str]) -> int:
         record = _plan_here(options, config, data)
     else:
         machine = find_machine(options.gpu or "h100")
-        made = make_plan(config, data, count=options.count, reduced_encoders=True)
+        made = make_plan(config, data, count=options.count, reduced_encoders=True, per_machine=options.per_machine)
         utilisation = options.utilisation or UTILISATION
         rate, encoder_rate = machine.rate(made.precision), machine.rate("bf16")
         seconds = made.seconds(rate * utilisation, encoder_rate * utilisation)
@@ -132,7 +135,13 @@ def _plan_here(options: PlanOptions, config: RunConfig, data: DataFacts) -> dict
     else:
         name = f"this CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
         available = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    made = make_plan(config, data, count=options.count, reduced_encoders=device.type == "cuda")
+    made = make_plan(
+        config,
+        data,
+        count=options.count,
+        reduced_encoders=device.type == "cuda",
+        per_machine=options.per_machine,
+    )
     speed = measure(config, data.shape, made, device=device, available=available)
     seconds = made.budget / (speed.images_per_second * options.count)
     basis = f"measured here with {speed.images} images at once"

@@ -8,6 +8,8 @@ from vrpo.errors import ConfigError, nearest
 
 # Share of the peak that training is taken to reach. Well-tuned diffusion transformers reach 0.3 to 0.5 in bfloat16.
 UTILISATION = 0.35
+# How many of them a machine usually has.
+PER_MACHINE = 8
 
 
 @dataclass(frozen=True)

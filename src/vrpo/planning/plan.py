@@ -9,6 +9,7 @@ from vrpo.config import RunConfig
 from vrpo.errors import ConfigError
 from vrpo.models.transformer import SIZES, parse_model_name
 from vrpo.planning.flops import autoencoder_flops, trunk_flops
+from vrpo.planning.machines import PER_MACHINE
 from vrpo.planning.trace import DataShape, EncoderTrace, StepTrace, trace_encoder, trace_step
 
 # Beside what tensors take: the context of the driver, and what the allocator cannot use for their odd sizes.
@@ -117,14 +118,19 @@ class Plan:
         return record
 
 
-def make_plan(config: RunConfig, data: DataFacts, *, count: int, reduced_encoders: bool) -> Plan:
-    """Return what the run ``config`` takes on ``count`` processes; ``reduced_encoders`` where "auto" is bfloat16.
+def make_plan(
+    config: RunConfig, data: DataFacts, *, count: int, reduced_encoders: bool, per_machine: int = PER_MACHINE
+) -> Plan:
+    """Return what the run ``config`` takes on ``count`` processes, ``per_machine`` of them on each machine.
+
+    ``reduced_encoders`` where their precision "auto" is bfloat16.
 
     Raises:
-        ConfigError: the batch cannot be divided, or model, data and encoder do not fit.
+        ConfigError: batch or processes cannot be divided, or model, data and encoder do not fit.
     """
     train, shape = config.train, data.shape
     share, micro = _share(config, count)
+    shards = _shards(config, count, per_machine)
     trunk = trunk_flops(config.model.name, shape.input_size, shape.in_channels)
     grid = shape.input_size // parse_model_name(config.model.name).patch_size
     encoders = [
@@ -162,7 +168,7 @@ def make_plan(config: RunConfig, data: DataFacts, *, count: int, reduced_encoder
             autoencoder_encode=encode,
             autoencoder_decode=decode,
         ),
-        memory=_memory(config, step, encoders, count=count, share=share, micro=micro),
+        memory=_memory(config, step, encoders, count=count, shards=shards, share=share, micro=micro),
         disk=_disk(config, data, step, encoders, grid),
         encoder_names=tuple(encoder.name for encoder in encoders),
         caches_tokens=all(encoder.cache for encoder in config.encoders),
@@ -183,19 +189,40 @@ def _share(config: RunConfig, count: int) -> tuple[int, int]:
     return share, min(micro, share)
 
 
+def _shards(config: RunConfig, count: int, per_machine: int) -> int:
+    """Return among how many processes one copy of the weights is divided."""
+    train = config.train
+    if train.parallel == "ddp":
+        return 1
+    if train.parallel == "fsdp":
+        return count
+    size = train.shard_size or min(count, per_machine)
+    if count % size:
+        key = f"train.shard_size {size}" if train.shard_size else f"--per-machine {size}"
+        closest = max(n for n in range(1, size + 1) if count % n == 0)
+        raise ConfigError(f"{key} does not divide --count {count} into equal groups: use {closest}, or another count.")
+    return size
+
+
 def _memory(
-    config: RunConfig, step: StepTrace, encoders: list[EncoderTrace], *, count: int, share: int, micro: int
+    config: RunConfig,
+    step: StepTrace,
+    encoders: list[EncoderTrace],
+    *,
+    count: int,
+    shards: int,
+    share: int,
+    micro: int,
 ) -> Memory:
     images, parallel = share // config.train.noisings, config.train.parallel
     trunk_gradients, other_gradients = FLOAT * step.trunk_parameters, FLOAT * step.objective_parameters
-    gradients, activations, shards = step.gradients_at_peak, step.peak - step.gradients_at_peak, 1
+    gradients, activations = step.gradients_at_peak, step.peak - step.gradients_at_peak
     if count > 1:
         activations = step.peak_beside_gradients
         if parallel == "ddp":
             # Gradients that several processes exchange live in buckets of their own throughout.
             gradients = trunk_gradients + other_gradients
         else:
-            shards = count if parallel == "fsdp" else config.train.shard_size or count
             # Gradients meet in the last of several passes; until then each process keeps its own, whole.
             gradients = trunk_gradients // (1 if micro < share else shards) + other_gradients
             # A block that runs is whole, and so are the next one's weights and its own gradient.
@@ -221,8 +248,11 @@ def _disk(config: RunConfig, data: DataFacts, step: StepTrace, encoders: list[En
     moments = 2 * FLOAT * (step.trunk_parameters + step.objective_parameters)
     checkpoint = FLOAT * 2 * step.trunk_parameters + step.objective_bytes + moments
     tokens = sum(2 * grid**2 * encoder.width for encoder in encoders)
+    train = config.train
+    saved = -(-train.images // train.checkpoint_every) if train.checkpoint_every else 1
+    lasting = train.images // train.keep_every if train.keep_every else 0
     return Disk(
         data=data.images * row,
-        checkpoints=config.train.keep_checkpoints * checkpoint,
+        checkpoints=min(saved, train.keep_checkpoints + lasting) * checkpoint,
         token_cache=data.images * views * tokens,
     )
