@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vrpo.config_load import load_preset, to_yaml, validate
-from vrpo.demo import HELD_OUT, digits, plan_budget, run_demo, split
+from vrpo.demo import HELD_OUT, digits, plan_budget, run_demo, split, time_to_train
 from vrpo.errors import ConfigError, DataError
 
 
@@ -96,3 +96,8 @@ def test_budget_fits_the_time_in_whole_visits() -> None:
     longer, _ = plan_budget(base, speed=2000.0, seconds=140.0)
     assert longer - images == pytest.approx(2000 * 70, abs=4 * base.train.batch_size)
     assert plan_budget(base, speed=100.0, seconds=1.0) == (base.train.batch_size, 1)
+
+
+def test_a_slow_beginning_leaves_half_the_time_for_training() -> None:
+    assert time_to_train(4.5, spent=30.0) == 240.0
+    assert time_to_train(4.5, spent=400.0) == 135.0

@@ -32,6 +32,7 @@ CALIBRATION_STEPS = 60
 CALIBRATION_WINDOWS = 5
 DIGITS_STEPS = 150
 ENCODER_SHARE = 0.08  # of the demo's time, for each of the two encoders
+TRAINING_SHARE = 0.5  # of the demo's time, at least
 LEAST_BETWEEN_VISITS = 2_000  # images
 VISIT_SECONDS = 1.5  # what a visit takes besides drawing samples
 START_SECONDS = 3.0  # what a run takes before its first step
@@ -87,7 +88,7 @@ def run_demo(
     base = _base_config(training, held_out, encoders, seed)
 
     speed = min(_measure(base, objective) for objective in objectives)
-    left = minutes * 60 - (time.monotonic() - started)
+    left = time_to_train(minutes, time.monotonic() - started)
     budget, visits = plan_budget(base, speed, left / len(objectives))
     _say(f"Budget: {budget:,} images for each of {', '.join(objectives)}; about {left / 60:.1f} minutes to go.")
     runs = []
@@ -171,6 +172,14 @@ def _base_config(training: Path, held_out: Path, encoders: tuple[Path, Path], se
         },
     )
     return validate(values, "preset demo").with_absolute_paths()
+
+
+def time_to_train(minutes: float, spent: float) -> float:
+    """Return the seconds for training, of which ``spent`` are gone.
+
+    A machine that was slow so far takes longer than asked, rather than compare networks that have learned nothing.
+    """
+    return max(60 * minutes - spent, TRAINING_SHARE * 60 * minutes)
 
 
 def plan_budget(base: RunConfig, speed: float, seconds: float) -> tuple[int, int]:
