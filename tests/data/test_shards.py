@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -129,6 +130,29 @@ def test_a_damaged_shard_is_named_on_opening(copy):
     assert "does not hold what manifest.json says" in message()
     file.unlink()
     assert "is missing" in message()
+
+
+def test_a_shard_that_is_cut_while_it_is_read_is_named(copy, images):
+    dataset = ShardedDataset(copy)
+    dataset.read(np.arange(23))
+    file = copy / "shard-00001.safetensors"
+    size = file.stat().st_size
+    os.truncate(file, size - 7)  # within a page, which then reads as zeros
+    pixels, _ = dataset.read(np.array([0, 9, 22]))
+    np.testing.assert_array_equal(pixels.numpy(), images[[0, 9, 22]].transpose(0, 3, 1, 2))
+    with pytest.raises(DataError, match=rf"shard-00001.safetensors' was cut to {size - 7:,} of {size:,} bytes while"):
+        dataset.read(np.array([0, 10]))
+    with pytest.raises(DataError, match=r"shard-00001.safetensors' was cut"):
+        dataset.read(np.array([19]))
+
+
+def test_a_shard_that_is_moved_while_it_is_read_stays_as_it_was(copy, images):
+    dataset = ShardedDataset(copy)
+    dataset.read(np.arange(1))
+    (copy / "shard-00001.safetensors").unlink()
+    (copy / "shard-00002.safetensors").replace(copy / "elsewhere")
+    pixels, _ = dataset.read(np.arange(23))
+    np.testing.assert_array_equal(pixels.numpy(), images.transpose(0, 3, 1, 2))
 
 
 def test_a_bad_manifest_is_one_sentence(copy):

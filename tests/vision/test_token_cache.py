@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -134,6 +135,27 @@ def test_a_part_cut_short_is_built_again_and_a_flipped_bit_is_found(tmp_path, en
     part.write_bytes(damaged)
     with pytest.raises(DataError, match=r"part-00001\.npy is damaged"):
         TokenCache(tmp_path, encoder, rows, flips=True).verify()
+
+
+def test_a_part_that_is_cut_while_it_is_read_is_named(tmp_path, encoder, rows):
+    cache = TokenCache(tmp_path, encoder, rows, flips=True).build()
+    whole = cache.read(np.arange(ROWS))
+    part = cache.folder / "part-00001.npy"
+    os.truncate(part, part.stat().st_size - 6)  # within a page, which then reads as zeros
+    assert torch.equal(cache.read(np.array([4, 10])), whole[[4, 10]])
+    with pytest.raises(DataError, match=r"part-00001\.npy' was cut to .* bytes while it was read"):
+        cache.read(np.array([4, 9]))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_parts_hold_no_file_descriptors(tmp_path, encoder, rows):
+    """The tokens of ImageNet are two thousand parts, and a process may hold a thousand descriptors."""
+    TokenCache(tmp_path, encoder, rows, flips=True).build()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    cache = TokenCache(tmp_path, encoder, rows, flips=True)
+    cache.read(np.arange(ROWS))
+    assert cache.parts == 5
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_a_full_disk_keeps_the_finished_parts(tmp_path, encoder, rows, monkeypatch):

@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vrpo.data.manifest import MANIFEST, Manifest, ShardRecord, read_manifest
-from vrpo.data.tensors import Blocks, Place, file_parts, map_bytes, read_header, read_tensor
+from vrpo.data.tensors import Blocks, Place, file_parts, read_header, read_tensor
 from vrpo.errors import DataError
 from vrpo.files import replacing
+from vrpo.mapped import MappedFile
 from vrpo.untrusted import printable
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ class ShardedDataset:
         self._shapes = self._row_shapes()
         self._shards = [self._header(record) for record in self.manifest.shards]
         self._starts = np.cumsum([0, *(record.rows for record in self.manifest.shards)])
-        self._maps: dict[str, list[NDArray[np.uint8]]] = {}
+        self._files: list[MappedFile] = []
+        self._tensors: dict[str, list[NDArray[np.uint8]]] = {}
         self._labels: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
@@ -222,6 +224,8 @@ class ShardedDataset:
         """Copy rows ``indices`` into ``out``, each from the tensor ``names[which]``, in the order of the file."""
         tensors = [self._mapped(name) for name in names]
         shards = np.searchsorted(self._starts, indices, side="right") - 1
+        for shard in np.unique(shards).tolist():
+            self._files[shard].check()
         rows = indices - self._starts[shards]
         target = out.view(np.uint8).reshape(len(out), tensors[0][0].shape[1])
         # One copy a row from map to batch: numpy's fancy indexing would make two.
@@ -230,14 +234,14 @@ class ShardedDataset:
 
     def _mapped(self, name: str) -> list[NDArray[np.uint8]]:
         """Return one tensor of every shard as bytes (n, row bytes), all mapped at the first use."""
-        if name not in self._maps:
-            found = []
-            for record, places in zip(self.manifest.shards, self._shards, strict=True):
-                place = places[name]
-                mapped = map_bytes(self.path / record.file, record.bytes)
-                found.append(mapped[place.begin : place.end].reshape(record.rows, place.row_bytes))
-            self._maps[name] = found
-        return self._maps[name]
+        if not self._files:
+            self._files = [MappedFile(self.path / record.file, record.bytes) for record in self.manifest.shards]
+        if name not in self._tensors:
+            self._tensors[name] = [
+                mapped.bytes[places[name].begin : places[name].end].reshape(record.rows, places[name].row_bytes)
+                for mapped, record, places in zip(self._files, self.manifest.shards, self._shards, strict=True)
+            ]
+        return self._tensors[name]
 
     def _row_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Return the shape of a row of each tensor that holds images."""

@@ -109,13 +109,3 @@ def as_float(array: NDArray[Any], dtype: str) -> NDArray[np.floating]:
     if dtype == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array
-
-
-def map_bytes(file: Path, size: int) -> NDArray[np.uint8]:
-    """Map a file of ``size`` bytes; unlike numpy's and Python's own maps it holds no file descriptor.
-
-    ImageNet at 256 px is a thousand shards, and a process may have as many descriptors by default.
-    """
-    import torch
-
-    return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).numpy()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vrpo.errors import ConfigError, DataError
 from vrpo.files import is_unfinished, replacing, write_text
+from vrpo.mapped import MappedFile
 from vrpo.untrusted import read_json, seal, unseal
 from vrpo.vision.backbone import EncoderOutput
 from vrpo.vision.encoders import Encoder
@@ -61,7 +62,7 @@ class TokenCache:
         }
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
         self.folder = Path(folder) / digest[:16]
-        self._maps: dict[int, np.ndarray] = {}
+        self._maps: dict[int, tuple[MappedFile, np.ndarray]] = {}
         self._hashes = self._read_index()
 
     @property
@@ -138,8 +139,12 @@ class TokenCache:
         parts, rows = np.divmod(indices, self.part_rows)
         # One copy a row from map to batch: numpy's fancy indexing would make two.
         target = found.numpy()
+        tensors: dict[int, np.ndarray] = {}
+        for part in np.unique(parts).tolist():
+            mapped, tensors[part] = self._map(part)
+            mapped.check()
         for place, (part, row, side) in enumerate(zip(parts.tolist(), rows.tolist(), sides.tolist(), strict=True)):
-            target[place] = self._map(part)[row, side]
+            target[place] = tensors[part][row, side]
         return found
 
     def split(self, rows: Tensor) -> EncoderOutput:
@@ -166,7 +171,7 @@ class TokenCache:
 
     def _write_part(self, part: int, batch_size: int, progress: Callable[[int, int], None] | None) -> str:
         start = part * self.part_rows
-        stop = min(start + self.part_rows, self.rows)
+        stop = start + self._rows_of(part)
         path = self._path(part)
         device = self.encoder.mean.device
         limit = torch.finfo(torch.float16).max
@@ -193,10 +198,31 @@ class TokenCache:
     def _path(self, part: int) -> Path:
         return self.folder / f"part-{part:05d}.npy"
 
-    def _map(self, part: int) -> np.ndarray:
+    def _rows_of(self, part: int) -> int:
+        return min(self.part_rows, self.rows - part * self.part_rows)
+
+    def _map(self, part: int) -> tuple[MappedFile, np.ndarray]:
+        """Return a part's file and its rows, (rows, 1 or 2, F); raises OSError or ValueError where it is not whole."""
         if part not in self._maps:
-            self._maps[part] = np.load(self._path(part), mmap_mode="r", allow_pickle=False)
+            shape = (self._rows_of(part), *self.shape)
+            path = self._path(part)
+            with path.open("rb") as file:
+                np.lib.format.read_magic(file)
+                found = np.lib.format.read_array_header_1_0(file)
+                start = file.tell()
+            size = start + 2 * math.prod(shape)
+            if found != (shape, False, np.dtype("<f2")) or path.stat().st_size != size:
+                raise ValueError(f"{path} is not the part that it should be")
+            mapped = MappedFile(path, size)
+            self._maps[part] = mapped, mapped.bytes[start:].view("<f2").reshape(shape)
         return self._maps[part]
+
+    def _whole(self, part: int) -> bool:
+        try:
+            self._map(part)
+        except (OSError, ValueError, EOFError):
+            return False
+        return True
 
     def _read_index(self) -> dict[int, str]:
         """Return the hashes of the finished parts that are whole; the others will be built again."""
@@ -209,18 +235,7 @@ class TokenCache:
             raise DataError(
                 f"The token cache's {path} is damaged ({error}): delete {self.folder}; it is built again."
             ) from error
-        finished = {}
-        for part, digest in index.items():
-            rows = min(self.part_rows, self.rows - part * self.part_rows)
-            try:
-                whole = self._map(part).shape == (rows, *self.shape)
-            except (OSError, ValueError, EOFError):
-                whole = False
-            if whole:
-                finished[part] = digest
-            else:
-                self._maps.pop(part, None)
-        return finished
+        return {part: digest for part, digest in index.items() if 0 <= part < self.parts and self._whole(part)}
 
     def _write_index(self) -> None:
         parts = {str(part): digest for part, digest in sorted(self._hashes.items())}
