@@ -114,6 +114,10 @@ def attempt(work: Callable[[], object]) -> None:
         work()
 
 
+# How many inputs each search tried: hypothesis may know of fewer than it is asked for.
+TRIED: list[int] = []
+
+
 def searched(given_as: st.SearchStrategy[Any], check: Callable[[Any], None], inputs: int) -> None:
     """Check ``inputs`` examples; what this process holds at its most may not grow beyond ``MEMORY_MB``."""
 
@@ -126,10 +130,12 @@ def searched(given_as: st.SearchStrategy[Any], check: Callable[[Any], None], inp
     )
     @given(given_as)
     def trial(example: Any) -> None:
+        TRIED[-1] += 1
         check(example)
 
     forget_peak()
     before = peak_mb()
+    TRIED.append(0)
     trial()
     assert peak_mb() - before < MEMORY_MB
 
@@ -416,8 +422,15 @@ def test_mutated_files(kind: Callable[[Path, Path, int], None], finished: Path, 
 @quiet
 @kinds
 @pytest.mark.soak
-def test_many_mutated_files(kind: Callable[[Path, Path, int], None], finished: Path, tmp_path: Path) -> None:
+def test_many_mutated_files(
+    kind: Callable[[Path, Path, int], None],
+    finished: Path,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    TRIED.clear()
     kind(tmp_path, finished, SOAK_INPUTS)
+    record_property("inputs", sum(TRIED))
 
 
 def test_memory_that_a_reader_takes_is_seen() -> None:
