@@ -1,14 +1,17 @@
-"""What an unfinished preparation has done so far: a line for each finished shard, in a file for each process."""
+"""What an unfinished preparation has done so far: a line for each finished shard, in a file for each process.
+
+Every line is sealed and says which request it is of, so a line that was cut or damaged is known, and only its shard is
+made again.
+"""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from pydantic import ValidationError
 
 from vrpo.data.manifest import (
     BadImage,
@@ -26,7 +29,7 @@ from vrpo.data.manifest import (
 from vrpo.data.shards import write_atomically
 from vrpo.errors import DataError
 from vrpo.files import is_unfinished
-from vrpo.untrusted import parse_json
+from vrpo.untrusted import SEAL, parse_json, seal, unseal
 
 JOURNAL = "progress.jsonl"
 
@@ -50,6 +53,11 @@ class Request(Record):
             latents=manifest.latents,
             rows_per_shard=manifest.rows_per_shard,
         )
+
+    @property
+    def digest(self) -> str:
+        """What tells this request from others."""
+        return str(seal(self._comparable().model_dump(mode="json"))[SEAL])
 
     def refuse_other(self, folder: Path, other: Request) -> None:
         """Raise DataError if ``other``, which ``folder`` holds, is not this."""
@@ -117,10 +125,8 @@ def begin_journal(folder: Path, request: Request) -> dict[int, Finished]:
                 "choose an empty or new folder."
             )
     finished = read_journals(folder, request)
-    for leftover in filter(is_unfinished, folder.iterdir()):
-        leftover.unlink()
-    text = "".join(record.model_dump_json() + "\n" for record in (request, *finished.values()))
-    write_atomically(folder / JOURNAL, [text.encode()])
+    remove_unfinished(folder)
+    write_atomically(folder / JOURNAL, [_header(request), *(_line(request, entry) for entry in finished.values())])
     for file in _journals(folder):
         if file.name != JOURNAL:
             file.unlink()
@@ -130,40 +136,77 @@ def begin_journal(folder: Path, request: Request) -> dict[int, Finished]:
 def read_journals(folder: Path, request: Request) -> dict[int, Finished]:
     """Return what all processes have finished, by index, of shards that are there in full.
 
-    Raises DataError where a journal is damaged or of another request.
+    Raises DataError where they are of another request, or where the journal is damaged and no line of it is whole.
     """
     finished: dict[int, Finished] = {}
+    damaged: ValueError | None = None
     for file in _journals(folder):
         header, *lines = file.read_bytes().split(b"\n")
         try:
-            version = parse_json(header)["version"]
-            begun = Request.model_validate_json(header) if version in (1, request.version) else None
-        except (ValueError, KeyError, TypeError) as error:  # a ValidationError is a ValueError
-            raise DataError(f"'{file}' is damaged: delete '{folder}' and prepare the source again.") from error
-        if begun is None:
-            raise DataError(f"'{folder}' was begun in format {version} of another vrpo: choose another folder.")
-        request.refuse_other(folder, begun)
+            _check_header(folder, header, request)
+        except ValueError as error:
+            # The first process writes its journal's head at once; another may have been cut off while it began its own.
+            damaged = error if file.name == JOURNAL else damaged
         for line in lines:
-            try:
-                entry = Finished.model_validate_json(line)
-            except ValidationError:
-                break  # a line cut off by a crash: its shard is made again
+            entry = _entry(line, request)
+            if entry is None:
+                continue
             if entry.shard is not None:
                 shard = folder / entry.shard.file
                 if not shard.exists() or shard.stat().st_size != entry.shard.bytes:
                     continue
             finished[entry.index] = entry
+    if damaged is not None and not finished:
+        sentence = f"'{folder / JOURNAL}' is damaged: delete '{folder}' and prepare the source again."
+        raise DataError(sentence) from damaged
     return dict(sorted(finished.items()))
+
+
+def _check_header(folder: Path, header: bytes, request: Request) -> None:
+    """Raise ValueError if the first line of a journal is damaged, and DataError if it is of another request."""
+    try:
+        content = unseal(parse_json(header), required=False)
+        version = content["version"]
+        begun = Request.model_validate(content) if version in (1, request.version) else None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError("it is no request") from error
+    if begun is None:
+        raise DataError(f"'{folder}' was begun in format {version} of another vrpo: choose another folder.")
+    request.refuse_other(folder, begun)
+
+
+def _entry(line: bytes, request: Request) -> Finished | None:
+    """Return a finished shard, or None of a line that was cut off, damaged or written for another request."""
+    try:
+        content = unseal(parse_json(line))
+        return Finished.model_validate(content) if content.pop("request") == request.digest else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _header(request: Request) -> bytes:
+    return json.dumps(seal(request.model_dump(mode="json"))).encode() + b"\n"
+
+
+def _line(request: Request, finished: Finished) -> bytes:
+    content = finished.model_dump(mode="json") | {"request": request.digest}
+    return json.dumps(seal(content)).encode() + b"\n"
 
 
 def append(folder: Path, rank: int, request: Request, finished: Finished) -> None:
     """Note a finished shard in the journal of process ``rank``."""
     file = folder / (JOURNAL if rank == 0 else f"progress-{rank}.jsonl")
-    lines = [finished] if file.exists() else [request, finished]
+    header = b"" if file.exists() else _header(request)
     with open(file, "ab") as stream:
-        stream.write("".join(line.model_dump_json() + "\n" for line in lines).encode())
+        stream.write(header + _line(request, finished))
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a process that was killed left half-written."""
+    for leftover in filter(is_unfinished, folder.iterdir()):
+        leftover.unlink(missing_ok=True)
 
 
 def remove_journals(folder: Path) -> None:

@@ -101,6 +101,11 @@ class ShardRecord(Record):
     bytes: Positive
     sha256: Digest
 
+    @property
+    def index(self) -> int:
+        """Its number, which says which entries of the source it was made of."""
+        return int(self.file.removeprefix("shard-").removesuffix(".safetensors"))
+
 
 class BadImage(Record):
     """An image that was left out, and why."""

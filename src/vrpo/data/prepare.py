@@ -3,7 +3,7 @@
 Shard s holds the readable images among entries s R .. (s + 1) R - 1 of the source, so its bytes depend
 neither on the number of workers or processes nor on where an earlier run was interrupted. Finished shards are noted
 in a journal, which gives way to the manifest when the last one is written. Of several processes, number r makes the
-shards s with s mod W = r.
+shards s with s mod W = r. A shard that a finished data set has lost is made again, to the bytes it had.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -25,6 +25,7 @@ from vrpo.data.journal import (
     disk_errors,
     read_journals,
     remove_journals,
+    remove_unfinished,
 )
 from vrpo.data.latents import LatentOptions, LatentPlan, moments, plan_latents, rows_of
 from vrpo.data.manifest import (
@@ -34,10 +35,13 @@ from vrpo.data.manifest import (
     Manifest,
     Normaliser,
     Preprocessing,
+    ShardRecord,
     SourceRecord,
     fingerprint,
     format_version,
+    read_manifest,
 )
+from vrpo.data.progress import Progress, Reporting
 from vrpo.data.ranks import Ranks, join_ranks
 from vrpo.data.shards import Rows, ShardedDataset, write_atomically, write_shard
 from vrpo.data.sources import Entry, Source, open_source
@@ -56,8 +60,6 @@ _TASK_IMAGES = 256
 _TASK_BYTES = 16 << 20
 _NAMED_UPSCALED = 1000
 
-Progress = Callable[[int, int], None]
-
 
 @dataclass(frozen=True)
 class PrepareResult:
@@ -69,11 +71,15 @@ class PrepareResult:
     images_decoded: int
     resumed_shards: int
     already_complete: bool
+    remade_shards: int = 0
 
     def summary(self) -> str:
         """Say in one line what the folder holds, and in further lines what was left out or scaled up."""
         counts, size = self.manifest.counts, self.manifest.preprocessing.size
-        if self.already_complete:
+        if self.already_complete and self.remade_shards:
+            s = "" if self.remade_shards == 1 else "s"
+            lines = [f"'{self.path}' had lost {self.remade_shards} shard{s}, made again to the same bytes."]
+        elif self.already_complete:
             lines = [f"'{self.path}' already holds this data set ({counts.images:,} images): nothing to do."]
         else:
             classes = len(self.manifest.class_names)
@@ -116,8 +122,8 @@ def prepare(
     A shard holds at most ``shard_bytes`` of rows. ``flip`` tells readers to mirror at random; latents of mirror images
     are then stored too. ``workers`` processes decode (default: one per core; 1 decodes in this process). ``progress``
     is a bar on ``console``, or a function of images done and in all. An interrupted call is continued by the same
-    call, and a finished one does nothing. Under ``torchrun`` the processes share the shards, and those of a machine
-    its cores.
+    call; a finished one makes shards again that are missing or cut, and otherwise does nothing. Under ``torchrun`` the
+    processes share the shards, and those of a machine its cores.
 
     Raises DataError where the source holds nothing readable, where ``out`` holds anything else, at the first
     unreadable image with ``on_bad_image="fail"``, and where the disk is full; finished shards stay valid. Raises
@@ -141,72 +147,127 @@ def prepare(
         latents=plan.record,
         rows_per_shard=max(1, shard_bytes // plan.row_bytes),
     )
+    reporting = Reporting(progress, console)
     if (folder / MANIFEST).exists():
-        manifest = ShardedDataset(folder).manifest
+        manifest = read_manifest(folder)
         request.refuse_other(folder, Request.of(manifest))
         _refuse_bad(manifest.bad, on_bad_image)
         remove_journals(folder)
-        return PrepareResult(folder, manifest, time.perf_counter() - started, 0, 0, True)
+        lost = _lost_shards(folder, manifest)
+        decoded = 0
+        if lost:
+            with disk_errors(folder):
+                remove_unfinished(folder)
+            with join_ranks() as ranks:
+                job = _Job(opened, folder, request, plan, ranks, on_bad_image, workers, reporting)
+                decoded = _make_again(job, lost)
+        manifest = ShardedDataset(folder).manifest
+        return PrepareResult(folder, manifest, time.perf_counter() - started, decoded, 0, True, len(lost))
     with join_ranks() as ranks:
-        return _prepare(
-            opened, folder, request, plan, ranks, on_bad_image, workers, _Reporting(progress, console), started
-        )
+        return _prepare(_Job(opened, folder, request, plan, ranks, on_bad_image, workers, reporting), started)
 
 
 @dataclass(frozen=True)
-class _Reporting:
-    progress: bool | Progress
-    console: Console | None
+class _Job:
+    """What a process is to prepare, from what, where to, and how."""
+
+    source: Source
+    folder: Path
+    request: Request
+    plan: LatentPlan
+    ranks: Ranks
+    on_bad_image: str
+    workers: int | None
+    reporting: Reporting
+
+    def entries(self, shard: int) -> Sequence[Entry]:
+        """Return the entries that shard ``shard`` is made of."""
+        rows = self.request.rows_per_shard
+        return self.source.entries[shard * rows : (shard + 1) * rows]
+
+    def own(self, shards: Iterable[int]) -> list[int]:
+        """Return those of ``shards`` that this process makes."""
+        return [shard for shard in shards if shard % self.ranks.size == self.ranks.rank]
 
 
-def _prepare(
-    source: Source,
-    folder: Path,
-    request: Request,
-    plan: LatentPlan,
-    ranks: Ranks,
-    on_bad_image: str,
-    workers: int | None,
-    reporting: _Reporting,
-    started: float,
-) -> PrepareResult:
+def _prepare(job: _Job, started: float) -> PrepareResult:
+    folder, request, ranks = job.folder, job.request, job.ranks
     with disk_errors(folder):
         if ranks.rank == 0:
             begin_journal(folder, request)
         ranks.barrier()
         finished = read_journals(folder, request)
     for earlier in finished.values():
-        _refuse_bad(earlier.bad, on_bad_image)
-    total, rows, resumed = len(source.entries), request.rows_per_shard, len(finished)
-    mine = [shard for shard in range(-(-total // rows)) if shard % ranks.size == ranks.rank and shard not in finished]
-    parts = [source.entries[shard * rows : (shard + 1) * rows] for shard in mine]
-    remaining = [entry for part in parts for entry in part]
-    tasks = [(shard, task) for shard, part in zip(mine, parts, strict=True) for task in _tasks(part, plan.task_bytes)]
-    decoded = decode_in_order(source.opener, [task for _, task in tasks], plan.work, worker_count(workers, remaining))
-    done, share = 0, len(remaining)
+        _refuse_bad(earlier.bad, job.on_bad_image)
+    resumed = len(finished)
+    shards = range(-(-len(job.source.entries) // request.rows_per_shard))
+    mine = job.own(shard for shard in shards if shard not in finished)
+    remaining = sum(len(job.entries(shard)) for shard in mine)
+    done, share = 0, remaining
     if ranks.size == 1:
-        done, share = total - len(remaining), total
-    with _reporter(reporting, source.name, share, done) as report, closing(decoded):
-        shard = _Shard(len(source.class_names), plan)
-        for (index, task), result in zip(tasks, decoded, strict=True):
-            shard.add(task, result)
-            _refuse_bad(shard.bad, on_bad_image)
-            done += len(task)
-            if shard.entries == min(rows, total - index * rows):
-                with disk_errors(folder):
-                    finished[index] = shard.write(folder, index)
-                    append(folder, ranks.rank, request, finished[index])
-                shard = _Shard(len(source.class_names), plan)
-            report(done, share)
+        done, share = len(job.source.entries) - remaining, len(job.source.entries)
+    for index, shard in _made(job, mine, done, share):
+        with disk_errors(folder):
+            finished[index] = shard.write(folder, index)
+            append(folder, ranks.rank, request, finished[index])
     ranks.barrier()
     with disk_errors(folder):
         if ranks.rank == 0:
             told = list(read_journals(folder, request).values()) if ranks.size > 1 else _in_order(finished)
-            write_atomically(folder / MANIFEST, [_manifest(source, request, plan, told).to_json().encode()])
+            manifest = _manifest(job.source, request, job.plan, told)
+            write_atomically(folder / MANIFEST, [manifest.to_json().encode()])
             remove_journals(folder)
         ranks.barrier()
         manifest = ShardedDataset(folder).manifest
-    return PrepareResult(folder, manifest, time.perf_counter() - started, len(remaining), resumed, False)
+    return PrepareResult(folder, manifest, time.perf_counter() - started, remaining, resumed, False)
+
+
+def _made(job: _Job, shards: Sequence[int], done: int, share: int) -> Iterator[tuple[int, _Shard]]:
+    """Decode the images of ``shards`` and yield each with its rows; ``done`` of ``share`` images are there already."""
+    plan, parts = job.plan, [job.entries(shard) for shard in shards]
+    tasks = [(shard, task) for shard, part in zip(shards, parts, strict=True) for task in _tasks(part, plan.task_bytes)]
+    workers = worker_count(job.workers, [entry for part in parts for entry in part])
+    decoded = decode_in_order(job.source.opener, [task for _, task in tasks], plan.work, workers)
+    with job.reporting.begin(job.source.name, share, done) as report, closing(decoded):
+        shard = _Shard(len(job.source.class_names), plan)
+        for (index, task), result in zip(tasks, decoded, strict=True):
+            shard.add(task, result)
+            _refuse_bad(shard.bad, job.on_bad_image)
+            done += len(task)
+            if shard.entries == len(job.entries(index)):
+                yield index, shard
+                shard = _Shard(len(job.source.class_names), plan)
+            report(done, share)
+
+
+def _lost_shards(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:
+    """Return the shards of a finished data set that are not there in full, by index."""
+    found = {}
+    for record in manifest.shards:
+        file = folder / record.file
+        if not file.is_file() or file.stat().st_size != record.bytes:
+            found[record.index] = record
+    return found
+
+
+def _make_again(job: _Job, lost: dict[int, ShardRecord]) -> int:
+    """Make lost shards again, and return how many images this process decoded.
+
+    Raises DataError for one whose bytes are not what they were.
+    """
+    mine = job.own(lost)
+    share = sum(len(job.entries(shard)) for shard in mine)
+    for index, shard in _made(job, mine, 0, share):
+        with disk_errors(job.folder):
+            made = shard.write(job.folder, index).shard
+        if made != lost[index]:
+            (job.folder / lost[index].file).unlink(missing_ok=True)
+            raise DataError(
+                f"'{job.folder / lost[index].file}' was lost, and making it again gives other bytes than before, as "
+                "another device or library does: prepare the source into another folder."
+            )
+    job.ranks.barrier()
+    return share
 
 
 def _in_order(finished: dict[int, Finished]) -> list[Finished]:
@@ -305,31 +366,3 @@ def _refuse_bad(bad: Sequence[BadImage], on_bad_image: str) -> None:
             f"'{bad[0].key}' cannot be used: {bad[0].reason}; repair or remove it, or leave it out with "
             "--on-bad-image skip."
         )
-
-
-@contextmanager
-def _reporter(reporting: _Reporting, name: str, total: int, done: int) -> Iterator[Progress]:
-    progress = reporting.progress
-    if callable(progress):
-        yield progress
-        return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.progress import Progress as Bar
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=reporting.console, disable=not progress) as bar:
-        task = bar.add_task(f"preparing {name}", total=total, completed=done)
-        yield lambda finished, _: bar.update(task, completed=finished)

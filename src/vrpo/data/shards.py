@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BLOCK = 1 << 22
+_REPEAT = "repeat the 'vrpo prepare' that made it, and the shard is made again."
+_MAKE_AGAIN = f"delete the file and {_REPEAT}"
 
 
 def write_atomically(file: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
@@ -167,8 +169,7 @@ class ShardedDataset:
                 part = read_tensor(self.path / record.file, places["labels"])
                 if part.min() < 0 or part.max() >= self.num_classes:
                     raise DataError(
-                        f"'{self.path / record.file}' has a label outside 0 .. {self.num_classes - 1}: "
-                        "delete the folder and prepare the source again."
+                        f"'{self.path / record.file}' has a label outside 0 .. {self.num_classes - 1}: {_MAKE_AGAIN}"
                     )
                 parts.append(part)
             self._labels = np.concatenate(parts).astype(np.int64)
@@ -183,7 +184,7 @@ class ShardedDataset:
         try:
             key = read_tensor(file, places["key_bytes"], int(begin), int(end)).tobytes()
         except ValueError as error:
-            raise DataError(f"'{file}' has damaged keys: delete the folder and prepare the source again.") from error
+            raise DataError(f"'{file}' has damaged keys: {_MAKE_AGAIN}") from error
         return printable(key.decode("utf-8", "backslashreplace"))
 
     def verify(self, progress: Callable[[int, int], None] | None = None, rank: int = 0, world_size: int = 1) -> None:
@@ -209,7 +210,7 @@ class ShardedDataset:
         if changed:
             raise DataError(
                 f"the bytes of {', '.join(changed)} in '{self.path}' are not those that were prepared "
-                "(SHA-256 differs): delete the folder and prepare the source again."
+                f"(SHA-256 differs): {_MAKE_AGAIN}"
             )
 
     def _checked(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -256,14 +257,13 @@ class ShardedDataset:
 
     def _header(self, record: ShardRecord) -> Mapping[str, Place]:
         file = self.path / record.file
-        again = "delete the folder and prepare the source again."
         try:
             size = file.stat().st_size
         except OSError as error:
-            raise DataError(f"'{file}' is missing ({error.strerror}): {again}") from error
+            raise DataError(f"'{file}' is missing ({error.strerror}): {_REPEAT}") from error
         if size != record.bytes:
             change = "truncated to" if size < record.bytes else "grown to"
-            raise DataError(f"'{file}' is {change} {size:,} of {record.bytes:,} bytes: {again}")
+            raise DataError(f"'{file}' is {change} {size:,} of {record.bytes:,} bytes: {_REPEAT}")
         expected: dict[str, tuple[str, tuple[int, ...] | None]] = {
             name: ("U8" if name == "pixels" else "F16", (record.rows, *shape)) for name, shape in self._shapes.items()
         }
@@ -273,11 +273,11 @@ class ShardedDataset:
         try:
             places = read_header(file)
         except (OSError, ValueError) as error:
-            raise DataError(f"'{file}' has a damaged header: {again}") from error
+            raise DataError(f"'{file}' has a damaged header: {_MAKE_AGAIN}") from error
         for name, (dtype, shape) in expected.items():
             place = places.get(name)
             if place is None or place.dtype != dtype or shape not in (None, place.shape):
-                raise DataError(f"'{file}' does not hold what {MANIFEST} says: {again}")
+                raise DataError(f"'{file}' does not hold what {MANIFEST} says: {_MAKE_AGAIN}")
         return places
 
 
