@@ -16,6 +16,7 @@ from pictures import encode, noise_image
 from safetensors.torch import save_file
 
 from autoencoder_files import save_autoencoder
+from latent_sources import write_lightning, write_repa
 from vrpo.data.latents import LatentOptions
 from vrpo.data.prepare import prepare
 from vrpo.data.shards import ShardedDataset
@@ -263,24 +264,6 @@ def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_autoencoder(tmp_path_factory.mktemp("autoencoder") / "kl", shift_factor=0.0)
 
 
-def write_repa(folder: Path, files: list[bytes], autoencoder: Path, images: bool = True) -> Path:
-    """Write what REPA's preprocessing writes, latents in the order opposite to that of the images."""
-    network = load_autoencoder(str(autoencoder))
-    labels = []
-    for i in reversed(range(len(files))):
-        place = f"{i // 8:05d}"
-        for part in ("images", "vae-sd"):
-            if images or part == "vae-sd":
-                (folder / part / place).mkdir(parents=True, exist_ok=True)
-        if images:
-            (folder / "images" / place / f"img{i:08d}.png").write_bytes(files[i])
-        pixels = torch.from_numpy(decode(files[i], 16)[0])[None]
-        np.save(folder / "vae-sd" / place / f"img-mean-std-{i:08d}.npy", network.encode(pixels)[0].numpy())
-        labels.append([f"{place}/img-mean-std-{i:08d}.npy", i % 3])
-    (folder / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels}))
-    return folder
-
-
 def test_repa_folder(files: list[bytes], autoencoder: Path, tmp_path: Path) -> None:
     source = write_repa(tmp_path / "repa", files, autoencoder)
     dataset = make(source, tmp_path / "out", workers=2)
@@ -347,15 +330,6 @@ def test_repa_damage_is_named(files: list[bytes], autoencoder: Path, tmp_path: P
     (source / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels["labels"][1:]}))
     with pytest.raises(DataError, match="has the latent '00001/img00000011' and no label"):
         open_source(source)
-
-
-def write_lightning(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    folder.mkdir()
-    latents, flips = torch.randn(2, 10, 6, 4, 4).mul(3).add(1).to(dtype)
-    for shard, part in enumerate(torch.arange(10).split(4)):
-        content = {"latents": latents[part].clone(), "latents_flip": flips[part].clone(), "labels": part % 5}
-        save_file(content, folder / f"latents_rank00_shard{shard:03d}.safetensors")
-    return latents, flips
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -32,26 +32,6 @@ def config(finished: Path, tmp_path: Path) -> Path:
     return file
 
 
-@pytest.fixture
-def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
-    """Return a function after which the n-th file that is flushed to the disk is refused for want of space."""
-
-    def start(number: int) -> list[str]:
-        seen: list[str] = []
-        original = os.fsync
-
-        def fsync(descriptor: int) -> None:
-            seen.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-            if len(seen) == number:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            original(descriptor)
-
-        monkeypatch.setattr(os, "fsync", fsync)
-        return seen
-
-    return start
-
-
 linux = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 
 
