@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import subprocess
 import sys
 import tarfile
 from collections.abc import Mapping
@@ -257,6 +259,70 @@ def test_parquet_that_cannot_be_used_is_one_sentence(files: list[bytes], tmp_pat
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError, match=r"pip install 'vrpo\[parquet\]'"):
         open_source(plain)
+
+
+def write_bomb(path: Path, image: bytes, rows: int) -> Path:
+    """Write a file in which all rows are one image, which the file holds once."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    same = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([image]))
+    paths = pa.array([hashlib.sha256(bytes([row])).hexdigest() for row in range(rows)])
+    made = pa.table({"image": pa.StructArray.from_arrays([same, paths], ["bytes", "path"])})
+    parquet.write_table(made, path, compression="zstd", store_schema=False)
+    return path
+
+
+BOMB = """
+import sys
+from pathlib import Path
+from vrpo.data.prepare import prepare
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+import pyarrow.parquet
+before = peak()
+prepare(sys.argv[1], sys.argv[2], size=16, workers=1, progress=False)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak of memory in /proc")
+def test_a_parquet_bomb_takes_the_memory_of_one_row(files: list[bytes], tmp_path: Path) -> None:
+    """Ten kilobytes on disk, and a gigabyte in memory if the rows were read together."""
+    rows, image = 60, files[0] + bytes(16 << 20)
+    file = write_bomb(tmp_path / "bomb.parquet", image, rows)
+    assert file.stat().st_size < 20_000
+    command = [sys.executable, "-c", BOMB, str(file), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 15 * len(image) / 1024  # kilobytes; all rows take 60 images and more
+    dataset = ShardedDataset(tmp_path / "out")
+    assert len(dataset) == rows
+    for row in dataset.read(np.arange(rows))[0]:
+        np.testing.assert_array_equal(row.numpy(), decode(files[0], 16)[0])
+
+
+def test_a_parquet_page_that_would_fill_the_memory_is_refused(files: list[bytes], tmp_path: Path) -> None:
+    file = write_bomb(tmp_path / "bomb.parquet", files[0] + bytes(80 << 20), 20)
+    with pytest.raises(DataError, match=r"bomb.parquet' would grow from [\d,]+ to 83,8[\d,]+ bytes, as none do: fetch"):
+        open_source(file)
+
+
+def test_a_damaged_parquet_page_costs_the_rest_of_its_group(files: list[bytes], tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "train.parquet"
+    options = {"use_dictionary": False, "data_page_size": 1, "write_batch_size": 1, "compression": "zstd"}
+    parquet.write_table(table(files, 0, COUNT), file, row_group_size=6, **options)
+    content = bytearray(file.read_bytes())
+    place = content.rindex(b"\x28\xb5\x2f\xfd", 0, content.index(files[3][-200:]))  # where its compressed page begins
+    content[place] ^= 1
+    file.write_bytes(content)
+    manifest = make(file, tmp_path / "out").manifest
+    lost = [int(image.key.removeprefix("train.parquet/")) for image in manifest.bad]
+    assert lost in ([3, 4, 5], [2, 3, 4, 5])  # the reader looks a page ahead
+    assert manifest.bad[0].reason.startswith("it cannot be read (")
+    kept = [row for row in range(COUNT) if row not in lost]
+    assert_rows(ShardedDataset(tmp_path / "out"), files, kept, [i % 3 for i in range(COUNT)])
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -20,8 +20,10 @@ HUB = "hf:"
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "webp")
 _LABEL_NAMES = ("label", "labels", "cls", "class", "fine_label")
 _MOST_CLASSES = 10_000_000
-# Rows are read a group at a time, so a group bounds a worker's memory.
+# Reading a page takes several times its size, and the largest page is a whole group.
 _GROUP_BYTES = 2 << 30
+# Encoded images hardly become smaller: a group that would grow more than this is made to fill memory.
+_GROWTH, _SMALL_GROUP = 100, 64 << 20
 # Even where images repeat each other, no row takes less of a file.
 _ROW_BYTES = 16
 
@@ -31,19 +33,52 @@ def is_parquet_source(path: Path) -> bool:
     return path.suffix == ".parquet" if path.is_file() else path.is_dir() and bool(_files(path))
 
 
+class _GroupReader:
+    """Reads the values of a column of one group of rows in their order, one at a time.
+
+    Many rows may share one value in the file, so what a group expands to has no bound; what a row does has. Where the
+    file is damaged the rest of the group is lost.
+    """
+
+    def __init__(self, file: Any, group: int, start: int, column: str) -> None:
+        self.group, self.next = group, start
+        self._batches: Iterator[Any] = file.iter_batches(
+            batch_size=1, row_groups=[group], columns=[column], use_threads=False
+        )
+        self._damage: str | None = None
+
+    def value(self, row: int) -> Any:
+        """Return the value of ``row``, which is not before ``next``; raises DataError where it cannot be read."""
+        if self._damage is not None:
+            raise DataError(self._damage)
+        try:
+            for _ in range(row - self.next):
+                next(self._batches)
+                self.next += 1
+            batch = next(self._batches)
+        except StopIteration:
+            self._damage = "the file holds fewer rows than it says"
+            raise DataError(self._damage) from None
+        except (OSError, ValueError, LookupError, NotImplementedError) as error:
+            self._damage = f"it cannot be read ({error})"
+            raise DataError(self._damage) from error
+        self.next += 1
+        return batch.column(0)[0].as_py()
+
+
 @dataclass
 class ParquetOpener:
-    """Reads images of parquet files by file and row, keeping the last group of rows."""
+    """Reads images of parquet files by file and row."""
 
     paths: Sequence[Path]
     column: str
 
     def __post_init__(self) -> None:
         self._file: tuple[int, Any, list[int]] | None = None
-        self._group: tuple[int, int, Any] | None = None
+        self._reader: _GroupReader | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {"paths": self.paths, "column": self.column, "_file": None, "_group": None}
+        return {"paths": self.paths, "column": self.column, "_file": None, "_reader": None}
 
     def connect(self) -> None:
         """Check that the first file is still there."""
@@ -58,12 +93,12 @@ class ParquetOpener:
             starts = [0]
             for group in range(file.metadata.num_row_groups):
                 starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
-            self._file, self._group = (number, file, starts), None
+            self._file, self._reader = (number, file, starts), None
         _, file, starts = self._file
         group = next(index for index, end in enumerate(starts[1:]) if row < end)
-        if self._group is None or self._group[:2] != (number, group):
-            self._group = (number, group, file.read_row_group(group, columns=[self.column]).column(0))
-        value = self._group[2][row - starts[group]].as_py()
+        if self._reader is None or self._reader.group != group or self._reader.next > row:
+            self._reader = _GroupReader(file, group, starts[group], self.column)
+        value = self._reader.value(row)
         content = value.get("bytes") if isinstance(value, dict) else value
         if content is None:
             raise DataError("the row holds no image bytes (only a path, perhaps)")
@@ -114,6 +149,12 @@ def _open_files(path: Path, paths: Sequence[Path], name: str | None = None) -> S
             part = metadata.row_group(group)
             if part.total_byte_size > _GROUP_BYTES:
                 raise DataError(f"'{file}' has a group of rows of more than 2 GiB: write it with smaller row groups.")
+            claimed, held = _column_bytes(part, columns[0])
+            if claimed > max(_SMALL_GROUP, _GROWTH * held):
+                raise DataError(
+                    f"the images of '{file}' would grow from {held:,} to {claimed:,} bytes, as none do: fetch it "
+                    "again, or write them without compression."
+                )
             size = part.total_byte_size // max(1, part.num_rows)
             for _ in range(part.num_rows):
                 label = None if labels is None else labels[row]
@@ -199,6 +240,13 @@ def _columns(file: Path, schema: Any) -> tuple[str, str | None]:
         )
     integers = {field.name for field in schema if pa.types.is_integer(field.type)}
     return image, next((name for name in _LABEL_NAMES if name in integers), None)
+
+
+def _column_bytes(group: Any, name: str) -> tuple[int, int]:
+    """Return how many bytes a group's images are said to take when they are unpacked, and how many as they are."""
+    columns = [group.column(index) for index in range(group.num_columns)]
+    images = [column for column in columns if f"{column.path_in_schema}.".startswith(f"{name}.")]
+    return sum(part.total_uncompressed_size for part in images), sum(part.total_compressed_size for part in images)
 
 
 def _class_names(schema: Any, label: str | None) -> tuple[str, ...] | None:
