@@ -382,6 +382,18 @@ def test_repa_mismatches_are_named(
         open_source(source)
 
 
+def test_names_in_json_may_hold_half_a_character(files: list[bytes], autoencoder: Path, tmp_path: Path) -> None:
+    members = {}
+    for i in range(3):
+        members |= {f"{i}.png": files[i], f"{i}.json": json.dumps({"label": f"{i % 2} \ud800"}).encode()}
+    dataset = make(write_tar(tmp_path / "images.tar", members), tmp_path / "out")
+    assert dataset.class_names == (r"0 \xed\xa0\x80", r"1 \xed\xa0\x80")
+    source = write_repa(tmp_path / "repa", files, autoencoder)
+    (source / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": [["00000/\ud800.npy", 0]]}))
+    with pytest.raises(DataError, match=r"has the label '00000/\\xed\\xa0\\x80' and no latent of that name"):
+        open_source(source)
+
+
 def test_repa_damage_is_named(files: list[bytes], autoencoder: Path, tmp_path: Path) -> None:
     source = write_repa(tmp_path / "repa", files, autoencoder)
     cut = source / "vae-sd" / "00000" / "img-mean-std-00000003.npy"

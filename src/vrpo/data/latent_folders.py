@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vrpo.data.manifest import MANIFEST
-from vrpo.data.sources import IMAGE_SUFFIXES, Entry, Source, StoredLatents, walk
+from vrpo.data.sources import IMAGE_SUFFIXES, Entry, Source, StoredLatents, printable_name, walk
 from vrpo.data.tensors import Place, as_float, read_header, read_tensor
 from vrpo.errors import DataError
 from vrpo.untrusted import read_json
@@ -126,7 +126,7 @@ def open_repa(path: Path) -> Source:
 
 def _repa_key(name: str) -> str:
     """Return what an image and its latents have in common: the path without its suffix and kind."""
-    return os.path.splitext(name.replace(os.sep, "/"))[0].replace("img-mean-std-", "img")
+    return os.path.splitext(printable_name(name).replace(os.sep, "/"))[0].replace("img-mean-std-", "img")
 
 
 def _repa_labels(file: Path) -> dict[str, int] | None:

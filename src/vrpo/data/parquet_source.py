@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from vrpo.data.sources import Entry, Source
+from vrpo.data.sources import Entry, Source, printable_name
 from vrpo.errors import ConfigError, DataError, nearest
 from vrpo.untrusted import parse_json
 from vrpo.vision.hub import asking_hub
@@ -258,7 +258,7 @@ def _class_names(schema: Any, label: str | None) -> tuple[str, ...] | None:
         names = parse_json(text)["info"]["features"][label]["names"]
     except (ValueError, KeyError, TypeError):
         return None
-    return tuple(map(str, names)) if isinstance(names, list) else None
+    return tuple(printable_name(str(name)) for name in names) if isinstance(names, list) else None
 
 
 def _checked_names(path: Path, entries: Sequence[Entry], names: tuple[str, ...] | None) -> tuple[str, ...]:

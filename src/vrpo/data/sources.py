@@ -314,5 +314,9 @@ def hidden(name: str) -> bool:
 
 
 def printable_name(name: str) -> str:
-    """Escape the bytes of a file name that are not UTF-8, so that keys can be printed and written as JSON."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """Escape what is not UTF-8 in a name of a file or a class, so that it can be hashed, printed and written."""
+    try:
+        encoded = name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a character, which JSON can hold and no file name
+        encoded = name.encode("utf-8", "surrogatepass")
+    return encoded.decode("utf-8", "backslashreplace")

@@ -194,7 +194,9 @@ def _read_label(path: Path, name: str, suffix: str, member: tarfile.TarInfo, str
             return int(text)
         content = parse_json(text)
         label = next(content[key] for key in _JSON_NAMES if key in content)
-        if isinstance(label, str) or type(label) is int:
+        if isinstance(label, str):
+            return printable_name(label)
+        if type(label) is int:
             return label
         raise ValueError("it is neither a number nor a name")
     except (ValueError, StopIteration, TypeError) as error:
