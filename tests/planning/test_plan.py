@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vrpo.cli import main
 from vrpo.config_load import validate
+from vrpo.data.prepare import prepare
+from vrpo.data.sources import ArraySource
 from vrpo.errors import ConfigError
 from vrpo.planning.machines import MACHINES, find_machine
 from vrpo.planning.plan import DataFacts, make_plan
@@ -62,6 +66,47 @@ def test_the_table_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in out
 
 
+def test_the_table_says_what_a_budget_is_made_of(capsys: pytest.CaptureFixture[str]) -> None:
+    """The published network at the published size: 118.64 G multiply-adds, 675 M parameters, 400,000 steps."""
+    words = "--preset imagenet256-sit-xl-2-repa --gpu a100 --count 8 --price 1.5"
+    _, out, _ = run(capsys, words)
+    plan = json.loads(run(capsys, f"{words} --json")[1])
+    rows = {}
+    for line in out.splitlines():
+        if line.startswith("│"):
+            name, value, note = (part.strip() for part in line.strip("│").split("│"))
+            rows[name] = (value, note)
+    assert rows["FLOPs an image, sampling"][0] == "237.2 GFLOP"
+    assert rows["FLOPs an image, trunk"][1].endswith("a multiply-add is two")
+    assert rows["parameters, trunk"][0] == "674.8 M"
+    assert rows["parameters, encoder dinov2-vit-b"][0] == "86.6 M"
+    assert rows["time"][1] == "400,000 steps of 256 images, 32 a process"
+    assert rows["speed"][1] == "assumed: 35% of the peak of 8 x A100 SXM 80 GB"
+
+    flops, seconds = plan["flops"], plan["time"]["seconds"]
+    each = flops["trunk_training"] + flops["objective"] + flops["encoders"]
+    assert seconds == pytest.approx(102_400_000 * each / (0.35 * 312e12 * 8))
+    assert rows["machine hours"][0] == f"{8 * seconds / 3600:,.1f} h"
+    assert rows["cost"][0] == f"{1.5 * 8 * seconds / 3600:,.2f}"
+    row = 3 * 256**2 + 2 * 2 * 8 * 32**2  # pixels; mean and deviation in two bytes, mirrored too
+    assert plan["disk"]["data"] == 1_281_167 * row
+    assert rows["disk, prepared data"] == ("293.87 GB", "1,281,167 images, mirrored too; latents 41.98 GB")
+    assert plan["disk"]["token_cache"] == 1_281_167 * 2 * 2 * 256 * 768
+    held = [
+        float(value.removesuffix(" GB").replace(",", "")) for name, (value, _) in rows.items() if "memory, " in name
+    ]
+    assert sum(held[:-1]) == pytest.approx(held[-1], abs=0.04)
+
+
+def test_prepared_data_is_counted_as_it_lies(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    images = np.zeros((20, 32, 32, 3), dtype=np.uint8)
+    prepare(ArraySource(images, np.arange(20) % 2, ("a", "b"), "x"), tmp_path, size=32, workers=1, progress=False)
+    _, out, _ = run(capsys, f"--preset cifar10-sit-ti-4-none --data {tmp_path} --json")
+    plan = json.loads(out)
+    assert plan["disk"]["data"] == sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    assert plan["data"]["images"] == 20
+
+
 def test_a_plan_for_this_machine_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     words = (
         "--preset cifar10-sit-ti-4-repa --data.image-size 16 --model.name SiT-N/8 --here --json --train.device cpu "
@@ -85,6 +130,13 @@ def test_a_plan_for_this_machine_is_measured(capsys: pytest.CaptureFixture[str])
         (f"{SMALL} --count 3", "--count 3 does not divide train.batch_size 64 evenly: use --count 2"),
         (f"{SMALL} --utilisation 2", "--utilisation"),
         (f"{SMALL} --prise 2", "did you mean '--price'"),
+        (f"{SMALL} --price inf", "--price cannot be inf"),
+        (f"{SMALL} --here --utilisation 0.5", "leave it out, --here measures the speed"),
+        (
+            f"{SMALL} --data.path /nowhere",
+            "--data-images describes data that is not prepared yet, and '/nowhere' is given",
+        ),
+        ("--preset cifar10-sit-ti-4-none --data /nowhere", "'/nowhere' holds no prepared data set"),
     ],
 )
 def test_what_cannot_be_planned(capsys: pytest.CaptureFixture[str], words: str, sentence: str) -> None:

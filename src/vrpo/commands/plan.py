@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,10 +32,10 @@ class PlanOptions:
     """The run: a YAML file, for example a run's config.yaml."""
     data: Path | None = None
     """Prepared data set that it is to train on; default what the preset says of it."""
-    data_images: Annotated[Count, Field(gt=0)] = IMAGENET_IMAGES
-    """Images of a data set that is not prepared yet."""
-    classes: Annotated[int, Field(ge=0)] = IMAGENET_CLASSES
-    """Classes of a data set that is not prepared yet."""
+    data_images: Annotated[Count, Field(gt=0)] | None = None
+    """Images of a data set that is not prepared yet; default ImageNet's 1,281,167."""
+    classes: Annotated[int, Field(ge=0)] | None = None
+    """Classes of a data set that is not prepared yet; default ImageNet's 1,000."""
     gpu: str | None = None
     """Machine to plan for, such as h100; default h100."""
     count: Positive = 1
@@ -46,7 +46,7 @@ class PlanOptions:
     """Plan for this machine, and measure its speed for some seconds."""
     utilisation: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the peak rate that training reaches on --gpu; default 0.35."""
-    price: Annotated[float, Field(ge=0)] = 0.0
+    price: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Price of one machine an hour, in any currency."""
     json: bool = False
     """Print JSON."""
@@ -58,6 +58,8 @@ def plan(words: list[str]) -> int:
     config = _read_config(options, rest)
     if options.here and options.gpu is not None:
         raise ConfigError("give --gpu or --here, not both: the first is a machine that is not here.")
+    if options.here and options.utilisation is not None:
+        raise ConfigError("--utilisation is for machines that are not here: leave it out, --here measures the speed.")
 
     from vrpo.planning.machines import UTILISATION, find_machine
     from vrpo.planning.plan import make_plan
@@ -71,8 +73,8 @@ def plan(words: list[str]) -> int:
         utilisation = options.utilisation or UTILISATION
         rate, encoder_rate = machine.rate(made.precision), machine.rate("bf16")
         seconds = made.seconds(rate * utilisation, encoder_rate * utilisation)
-        basis = f"{utilisation:.0%} of the peak of {options.count} x {machine.name}"
-        record = _record(made, machine.name, machine.memory_gb * 1e9, seconds, basis, options)
+        basis = f"assumed: {utilisation:.0%} of the peak of {options.count} x {machine.name}"
+        record = _record(made, data, machine.name, machine.memory_gb * 1e9, seconds, basis, options)
     tell(json.dumps(record, indent=1) if options.json else _render(record))
     return 0
 
@@ -99,6 +101,9 @@ def _facts(options: PlanOptions, config: RunConfig) -> DataFacts:
 
     path = options.data or config.data.path
     if path is not None:
+        if options.data_images is not None or options.classes is not None:
+            name = "--classes" if options.data_images is None else "--data-images"
+            raise ConfigError(f"{name} describes data that is not prepared yet, and '{path}' is given: leave one out.")
         from vrpo.data.shards import ShardedDataset
         from vrpo.training.data_checks import check_data
 
@@ -107,16 +112,17 @@ def _facts(options: PlanOptions, config: RunConfig) -> DataFacts:
         check_data(config, dataset, flip if config.data.flip is None else config.data.flip)
         classes = dataset.num_classes if config.data.conditional else 0
         shape = DataShape(dataset.image_size, dataset.input_size, dataset.in_channels, classes)
-        return DataFacts(shape, len(dataset), flip, dataset.latents is not None)
+        held = sum(shard.bytes for shard in dataset.manifest.shards)
+        return DataFacts(shape, len(dataset), flip, dataset.latents is not None, held)
     size, latent = config.data.image_size, config.data.latent_size
     if size is None:
         raise ConfigError(
             "vrpo plan does not know the size of the images: give --data FOLDER, or --data.image-size N (and "
             "--data.latent-size N for latents)."
         )
-    classes = options.classes if config.data.conditional else 0
-    shape = DataShape(size, latent or size, LATENT_CHANNELS if latent else 3, classes)
-    return DataFacts(shape, options.data_images, config.data.flip is not False, latent is not None)
+    classes = IMAGENET_CLASSES if options.classes is None else options.classes
+    shape = DataShape(size, latent or size, LATENT_CHANNELS if latent else 3, classes if config.data.conditional else 0)
+    return DataFacts(shape, options.data_images or IMAGENET_IMAGES, config.data.flip is not False, latent is not None)
 
 
 def _plan_here(options: PlanOptions, config: RunConfig, data: DataFacts) -> dict[str, Any]:
@@ -144,15 +150,16 @@ def _plan_here(options: PlanOptions, config: RunConfig, data: DataFacts) -> dict
     )
     speed = measure(config, data.shape, made, device=device, available=available)
     seconds = made.budget / (speed.images_per_second * options.count)
-    basis = f"measured here with {speed.images} images at once"
-    return _record(made, name, available, seconds, basis, options)
+    basis = f"measured here with {speed.images} image{'s' * (speed.images > 1)} at once"
+    return _record(made, data, name, available, seconds, basis, options)
 
 
 def _record(
-    made: Plan, machine: str, available: float, seconds: float, basis: str, options: PlanOptions
+    made: Plan, data: DataFacts, machine: str, available: float, seconds: float, basis: str, options: PlanOptions
 ) -> dict[str, Any]:
     return {
         **made.to_dict(),
+        "data": asdict(data),
         "machine": {
             "name": machine,
             "count": options.count,
@@ -195,31 +202,40 @@ def _sections(record: dict[str, Any]) -> list[tuple[str, list[tuple[str, str, st
     several = f", {record['micro']} at a time" if record["micro"] < record["share"] else ""
     parameters = [(f"parameters, {name}", f"{count / 1e6:,.1f} M", "") for name, count in record["parameters"].items()]
     operations = [
-        ("FLOPs an image, trunk", f"{flops['trunk_training'] / 1e9:,.1f} G", "forward and backward"),
-        ("FLOPs an image, objective", f"{flops['objective'] / 1e9:,.1f} G", objective),
-        ("FLOPs an image, encoders", f"{flops['encoders'] / 1e9:,.1f} G", ", ".join(record["encoder_names"])),
-        ("FLOPs an image, sampling", f"{flops['trunk_forward'] / 1e9:,.1f} G", "one step, without guidance"),
+        ("FLOPs an image, trunk", _gigaflops(flops["trunk_training"]), "forward and backward; a multiply-add is two"),
+        ("FLOPs an image, objective", _gigaflops(flops["objective"]), objective),
+        ("FLOPs an image, encoders", _gigaflops(flops["encoders"]), ", ".join(record["encoder_names"])),
+        ("FLOPs an image, sampling", _gigaflops(flops["trunk_forward"]), "one step, without guidance"),
     ]
     if flops["autoencoder_encode"]:
-        both = f"{flops['autoencoder_encode'] / 1e9:,.0f} G, {flops['autoencoder_decode'] / 1e9:,.0f} G"
-        operations.append(("FLOPs an image, autoencoder", both, "encoding once, decoding a sample"))
+        operations += [
+            ("FLOPs an image, encoding", _gigaflops(flops["autoencoder_encode"]), "the autoencoder, in preparing"),
+            ("FLOPs an image, decoding", _gigaflops(flops["autoencoder_decode"]), "the autoencoder, for a sample"),
+        ]
     held = [(f"memory, {part}", _gigabytes(memory[part]), note) for part, note in _PARTS.items()]
     fits = (
         "fits" if machine["fits"] else "does NOT fit: use train.micro_batch, model.checkpoint_blocks or more machines"
     )
     held.append(("memory, peak of one process", _gigabytes(memory["total"]), f"{machine['name']}: {fits}"))
+    data = record["data"]
+    mirrored = ", mirrored too" if data["flips"] else ""
+    of_them = f"{mirrored}; latents {_gigabytes(disk['latents'])}" if data["latents"] else ""
     stored = [
-        ("disk, prepared data", _gigabytes(disk["data"]), ""),
-        ("disk, checkpoints", _gigabytes(disk["checkpoints"]), ""),
+        ("disk, prepared data", _gigabytes(disk["data"]), f"{data['images']:,} images{of_them}"),
+        ("disk, checkpoints", _gigabytes(disk["checkpoints"]), "all that are kept at a time"),
     ]
     if disk["token_cache"]:
-        kept = "kept (encoder.cache)" if record["caches_tokens"] else "not kept: tokens are computed online"
-        stored.append(("disk, token cache", _gigabytes(disk["token_cache"]), kept))
-    budget = f"{record['budget']:,} images, {record['batch']} a step, {record['share']} a process{several}"
+        kept = "kept (encoder.cache)" if record["caches_tokens"] else "not kept: computed online"
+        stored.append(("disk, token cache", _gigabytes(disk["token_cache"]), f"{kept}{mirrored}"))
+    steps = f"{-(-record['budget'] // record['batch']):,} steps of {record['batch']} images"
+    rate = when["images_per_second"]
     times = [
-        ("speed", f"{when['images_per_second']:,.1f} images/s", when["basis"]),
-        ("time", _duration(when["seconds"]), budget),
+        ("speed", f"{rate:,.1f} images/s" if rate >= 10 else f"{rate:.2g} images/s", when["basis"]),
+        ("time", _duration(when["seconds"]), f"{steps}, {record['share']} a process{several}"),
     ]
+    if machine["count"] > 1:
+        hours = machine["count"] * when["seconds"] / 3600
+        times.append(("machine hours", f"{hours:,.1f} h", f"{machine['count']} at once"))
     if when["price_an_hour"]:
         times.append(("cost", f"{when['cost']:,.2f}", f"at {when['price_an_hour']:g} an hour for each"))
     return [
@@ -246,6 +262,12 @@ def _gigabytes(size: float) -> str:
     return f"{size / 1e9:,.2f} GB"
 
 
+def _gigaflops(operations: float) -> str:
+    return f"{operations / 1e9:,.1f} GFLOP"
+
+
 def _duration(seconds: float) -> str:
     hours = seconds / 3600
+    if hours >= 48:
+        return f"{hours:,.1f} h ({hours / 24:,.1f} days)"
     return f"{hours:,.1f} h" if hours >= 1 else f"{seconds / 60:,.1f} min"

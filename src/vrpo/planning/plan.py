@@ -20,12 +20,16 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The data of a run, prepared or only described; ``flips`` where mirror images have latents of their own."""
+    """The data of a run, prepared or only described; ``flips`` where mirror images have latents of their own.
+
+    ``bytes`` is what prepared data takes on disk, and None where it is only described.
+    """
 
     shape: DataShape
     images: int
     flips: bool
     latents: bool
+    bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,13 @@ class Flops:
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes on disk: the prepared data, the checkpoints that are kept, and a token cache if one were kept."""
+    """Bytes on disk: the prepared data, the checkpoints that are kept, and a token cache if one were kept.
+
+    ``latents`` is the share of the data that is trained on; the rest of it is pixels, for encoders.
+    """
 
     data: int
+    latents: int
     checkpoints: int
     token_cache: int
 
@@ -242,9 +250,9 @@ def _memory(
 
 def _disk(config: RunConfig, data: DataFacts, step: StepTrace, encoders: list[EncoderTrace], grid: int) -> Disk:
     shape, views = data.shape, 2 if data.flips else 1
-    row = 3 * shape.image_size**2
-    if data.latents:
-        row += views * 2 * 2 * shape.in_channels * shape.input_size**2  # mean and deviation in float16
+    # Mean and deviation in float16.
+    latents = data.images * views * 2 * 2 * shape.in_channels * shape.input_size**2 if data.latents else 0
+    described = data.images * 3 * shape.image_size**2 + latents
     moments = 2 * FLOAT * (step.trunk_parameters + step.objective_parameters)
     checkpoint = FLOAT * 2 * step.trunk_parameters + step.objective_bytes + moments
     tokens = sum(2 * grid**2 * encoder.width for encoder in encoders)
@@ -252,7 +260,8 @@ def _disk(config: RunConfig, data: DataFacts, step: StepTrace, encoders: list[En
     saved = -(-train.images // train.checkpoint_every) if train.checkpoint_every else 1
     lasting = train.images // train.keep_every if train.keep_every else 0
     return Disk(
-        data=data.images * row,
+        data=described if data.bytes is None else data.bytes,
+        latents=latents,
         checkpoints=min(saved, train.keep_checkpoints + lasting) * checkpoint,
         token_cache=data.images * views * tokens,
     )
