@@ -14,7 +14,7 @@ from vrpo.data.transforms import decode
 from vrpo.vision.autoencoders import load_autoencoder
 
 
-def write_repa(folder: Path, files: Sequence[bytes], autoencoder: Path, images: bool = True) -> Path:
+def write_repa(folder: Path, files: Sequence[bytes], autoencoder: Path, images: bool = True, size: int = 16) -> Path:
     """Write what REPA's preprocessing writes of encoded images, latents in the order opposite to that of the images."""
     network = load_autoencoder(str(autoencoder))
     labels = []
@@ -25,7 +25,7 @@ def write_repa(folder: Path, files: Sequence[bytes], autoencoder: Path, images: 
                 (folder / part / place).mkdir(parents=True, exist_ok=True)
         if images:
             (folder / "images" / place / f"img{i:08d}.png").write_bytes(files[i])
-        pixels = torch.from_numpy(decode(files[i], 16)[0])[None]
+        pixels = torch.from_numpy(decode(files[i], size)[0])[None]
         np.save(folder / "vae-sd" / place / f"img-mean-std-{i:08d}.npy", network.encode(pixels)[0].numpy())
         labels.append([f"{place}/img-mean-std-{i:08d}.npy", i % 3])
     (folder / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels}))

@@ -336,6 +336,10 @@ def test_repa_folder(files: list[bytes], autoencoder: Path, tmp_path: Path) -> N
     assert_rows(dataset, files, list(range(COUNT)), [i % 3 for i in range(COUNT)])
     assert dataset.latents is not None
     assert (dataset.latents.autoencoder, dataset.latents.weights) == ("sd-vae-ft-mse", None)
+    again = prepare(source, tmp_path / "again", size=16, workers=1, progress=False).summary()
+    assert (
+        "Which autoencoder made the latents is taken to be 'sd-vae-ft-mse': to say it, prepare with --latents." in again
+    )
     assert dataset.manifest.normaliser is not None
     assert dataset.manifest.normaliser.scale == (0.18215,) * 4
     network = load_autoencoder(str(autoencoder))
@@ -362,8 +366,14 @@ def test_repa_latents_are_held_against_the_named_autoencoder(
         make(source, tmp_path / "new", flip=True)
     with pytest.raises(ConfigError, match="8 x 8, and --size 20 is no multiple"):
         make(source, tmp_path / "new", size=20)
-    with pytest.raises(DataError, match="it is 16 x 16 pixels and not 32 x 32"):
+    with pytest.raises(ConfigError, match="were made from, 16 x 16 pixels, and not 32 x 32: give --size 16"):
         make(source, tmp_path / "new", size=32)
+    assert not (tmp_path / "new").exists()
+    (source / "images" / "00000" / "img00000002.png").write_bytes(encode(noise_image(0, 32, 32)))
+    bad = make(source, tmp_path / "mixed").manifest.bad
+    assert [(image.key, image.reason) for image in bad] == [
+        ("00000/img00000002", "it is 32 x 32 pixels and not 16 x 16")
+    ]
 
 
 @pytest.mark.parametrize(

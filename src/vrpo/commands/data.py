@@ -78,7 +78,8 @@ def prepare(words: list[str]) -> int:
         shard_bytes=options.shard_mb * 2**20,
         max_pixels=options.max_pixels,
     )
-    tell(result.summary())
+    if os.environ.get("RANK", "0") == "0":  # of several processes one tells
+        tell(result.summary())
     return 0
 
 
@@ -137,7 +138,8 @@ def data_verify(words: list[str]) -> int:
 
     with TrainingDisplay() as display:
         manifest = verify_dataset(options.path, lambda done, total: display.progress("verifying bytes", done, total))
-    tell(f"{options.path}: {manifest.counts.images:,} images in {len(manifest.shards)} shards, all as prepared.")
+    shards = f"{len(manifest.shards):,} shard{'s' * (len(manifest.shards) != 1)}"
+    tell(f"{options.path}: {manifest.counts.images:,} images in {shards}, all as prepared.")
     return 0
 
 

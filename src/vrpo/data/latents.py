@@ -14,6 +14,7 @@ from vrpo.data.journal import Finished, Moments
 from vrpo.data.manifest import LatentRecord, Normaliser
 from vrpo.data.shards import Rows
 from vrpo.data.sources import Source, StoredLatents
+from vrpo.data.transforms import image_size
 from vrpo.data.workers import Decoded, Work, decode_entries
 from vrpo.errors import ConfigError, DataError
 
@@ -167,6 +168,8 @@ def _plan_stored(
             f"the latents of '{source.path}' are {grid} x {grid}, and --size {size} is no multiple of that: give the "
             "side of the images they were made from."
         )
+    if stored.pixels:
+        _check_side(source, size)
     work = Work(size, max_pixels, pixels=stored.pixels, latents=(2 if flip else 1, *stored.shape[1:]), exact=True)
     channels //= 2 if stored.posterior else 1
     known = None
@@ -199,6 +202,21 @@ def _plan_stored(
         pixels=keep,
     )
     return LatentPlan(work, keep, record, None, known)
+
+
+def _check_side(source: Source, size: int) -> None:
+    """Refuse a ``size`` other than that of the images, told by the first one that can be read."""
+    first = source.entries[0]
+    try:
+        with source.open(first) as stream:
+            width, height = image_size(stream.read())
+    except (DataError, OSError):
+        return  # a bad image, which preparing names
+    if (width, height) != (size, size):
+        raise ConfigError(
+            f"the images of '{source.path}' are those that its latents were made from, {width} x {height} pixels, and "
+            f"not {size} x {size}: give --size {min(width, height)}."
+        )
 
 
 def _by_autoencoder(autoencoder: Autoencoder) -> Normaliser:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, cast
 from vrpo.data.sources import Entry, Source, printable_name
 from vrpo.errors import ConfigError, DataError, nearest
 from vrpo.untrusted import parse_json
-from vrpo.vision.hub import asking_hub
+from vrpo.vision.hub import asking_hub, why_not
 
 HUB = "hf:"
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "webp")
@@ -181,11 +181,12 @@ def open_from_hub(name: str) -> Source:
 
     repository = "/".join(parts[:2])
     patterns = [f"{place}{split}{end}" for place in ("", "*/") for end in (".parquet", "-*.parquet")]
+    reached = True
     try:
-        with asking_hub(name):
+        with asking_hub(name) as reached:
             root = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # the hub's client raises errors of many libraries
-        said = " ".join(str(error).split())[:200].rstrip(".")
+        said = why_not(error, reached)
         raise DataError(f"'{name}' cannot be fetched ({said}): check the name and the network.") from error
     # All that was ever fetched of a revision lies in one folder, other splits too.
     files = sorted((file for file in root.rglob("*.parquet") if _split_of(file) == split), key=lambda file: file.name)

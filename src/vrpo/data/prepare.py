@@ -63,7 +63,10 @@ _NAMED_UPSCALED = 1000
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What ``prepare`` did: the folder and its manifest, the time it took, and what was there already."""
+    """What ``prepare`` did: the folder and its manifest, the time it took, and what was there already.
+
+    ``images_decoded`` counts those of all processes that worked together.
+    """
 
     path: Path
     manifest: Manifest
@@ -96,6 +99,10 @@ class PrepareResult:
         if self.manifest.bad:
             first = self.manifest.bad[0]
             lines.append(f"{counts.bad:,} could not be read (all listed in {MANIFEST}): '{first.key}': {first.reason}.")
+        latents = self.manifest.latents
+        if latents is not None and latents.weights is None:
+            taken = f"taken to be '{latents.autoencoder}'" if latents.autoencoder else "not known"
+            lines.append(f"Which autoencoder made the latents is {taken}: to say it, prepare with --latents.")
         if counts.upscaled:
             lines.append(f"{counts.upscaled:,} are smaller than {size} pixels and were scaled up.")
         if counts.ignored:
@@ -202,8 +209,8 @@ def _prepare(job: _Job, started: float) -> PrepareResult:
     resumed = len(finished)
     shards = range(-(-len(job.source.entries) // request.rows_per_shard))
     mine = job.own(shard for shard in shards if shard not in finished)
-    remaining = sum(len(job.entries(shard)) for shard in mine)
-    done, share = 0, remaining
+    remaining = sum(len(job.entries(shard)) for shard in shards if shard not in finished)
+    done, share = 0, sum(len(job.entries(shard)) for shard in mine)
     if ranks.size == 1:
         done, share = len(job.source.entries) - remaining, len(job.source.entries)
     for index, shard in _made(job, mine, done, share):
@@ -228,7 +235,7 @@ def _made(job: _Job, shards: Sequence[int], done: int, share: int) -> Iterator[t
     tasks = [(shard, task) for shard, part in zip(shards, parts, strict=True) for task in _tasks(part, plan.task_bytes)]
     workers = worker_count(job.workers, [entry for part in parts for entry in part])
     decoded = decode_in_order(job.source.opener, [task for _, task in tasks], plan.work, workers)
-    with job.reporting.begin(job.source.name, share, done) as report, closing(decoded):
+    with job.reporting.begin(job.source.name, share, done, job.ranks) as report, closing(decoded):
         shard = _Shard(len(job.source.class_names), plan)
         for (index, task), result in zip(tasks, decoded, strict=True):
             shard.add(task, result)
@@ -251,13 +258,12 @@ def _lost_shards(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:
 
 
 def _make_again(job: _Job, lost: dict[int, ShardRecord]) -> int:
-    """Make lost shards again, and return how many images this process decoded.
+    """Make lost shards again, and return of how many images they are.
 
     Raises DataError for one whose bytes are not what they were.
     """
     mine = job.own(lost)
-    share = sum(len(job.entries(shard)) for shard in mine)
-    for index, shard in _made(job, mine, 0, share):
+    for index, shard in _made(job, mine, 0, sum(len(job.entries(shard)) for shard in mine)):
         with disk_errors(job.folder):
             made = shard.write(job.folder, index).shard
         if made != lost[index]:
@@ -267,7 +273,7 @@ def _make_again(job: _Job, lost: dict[int, ShardRecord]) -> int:
                 "another device or library does: prepare the source into another folder."
             )
     job.ranks.barrier()
-    return share
+    return sum(len(job.entries(shard)) for shard in lost)
 
 
 def _in_order(finished: dict[int, Finished]) -> list[Finished]:

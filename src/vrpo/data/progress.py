@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vrpo.data.ranks import Ranks
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -16,14 +18,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Reporting:
-    """Where progress is told: to a function, on a bar, or nowhere; the bar is drawn on ``console``."""
+    """Where progress is told: to a function, on a bar, or nowhere; the first process draws the bar on ``console``."""
 
     progress: bool | Progress
     console: Console | None
 
     @contextmanager
-    def begin(self, name: str, total: int, done: int) -> Iterator[Progress]:
-        """Give the function to call while ``total`` images of the source ``name`` are prepared."""
+    def begin(self, name: str, total: int, done: int, ranks: Ranks) -> Iterator[Progress]:
+        """Give the function to call while this process prepares ``total`` images of the source ``name``."""
         if callable(self.progress):
             yield self.progress
             return
@@ -38,6 +40,7 @@ class Reporting:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Bar(*columns, console=self.console, disable=not self.progress) as bar:
-            task = bar.add_task(f"preparing {name}", total=total, completed=done)
+        share = "" if ranks.size == 1 else f", process 1 of {ranks.size}"
+        with Bar(*columns, console=self.console, disable=not self.progress or ranks.rank > 0) as bar:
+            task = bar.add_task(f"preparing {name}{share}", total=total, completed=done)
             yield lambda finished, _: bar.update(task, completed=finished)

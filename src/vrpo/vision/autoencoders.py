@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vrpo.data.transforms import to_float
 from vrpo.errors import CheckpointError, ConfigError, nearest
 from vrpo.files import tensors_hash
-from vrpo.vision.hub import asking_hub
+from vrpo.vision.hub import asking_hub, why_not
 
 # Short names of published autoencoders on the hub.
 HUB_NAMES = {
@@ -161,8 +161,9 @@ def load_autoencoder(name: str, device: torch.device | str = "cpu", precision: s
         )
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
+    reached = True
     try:
-        with asking_hub(source):
+        with asking_hub(source) as reached:
             kind = _read_kind(source)
             if kind not in KINDS:
                 raise CheckpointError(
@@ -173,10 +174,10 @@ def load_autoencoder(name: str, device: torch.device | str = "cpu", precision: s
     except CheckpointError:
         raise
     except Exception as error:  # the hub, the file system, the format and the shapes all have errors of their own
-        said = " ".join(str(error).split())
+        said = why_not(error, reached)
         raise CheckpointError(
-            f"the autoencoder '{name}' cannot be loaded ({said[:200].rstrip('.')}): check the name and the network, or "
-            "give the path of a local folder with config.json and its .safetensors file."
+            f"the autoencoder '{name}' cannot be loaded ({said}): check the name and the network, or give the path of "
+            "a local folder with config.json and its .safetensors file."
         ) from error
     finally:
         logging.set_verbosity(verbosity)

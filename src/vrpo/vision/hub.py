@@ -13,22 +13,29 @@ SECONDS = 3.0
 
 
 @contextmanager
-def asking_hub(source: str | Path) -> Iterator[None]:
+def asking_hub(source: str | Path) -> Iterator[bool]:
     """Let libraries read only what they have stored, within this context, where their hub cannot be reached.
 
-    ``source`` is what they are asked for: a folder on this machine asks nothing of the hub.
+    ``source`` is what they are asked for: a folder on this machine asks nothing of the hub. Gives whether they may ask.
     """
     if Path(source).is_dir():
-        yield
+        yield True
         return
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or not _reachable(constants.ENDPOINT)
     try:
-        yield
+        yield not constants.HF_HUB_OFFLINE
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+def why_not(error: Exception, reached: bool) -> str:
+    """Return in a clause why something could not be fetched: what the library said, if the hub was ``reached``."""
+    if not reached:
+        return "the hub cannot be reached, and it was not fetched before"
+    return " ".join(str(error).split())[:200].rstrip(".")
 
 
 def _reachable(endpoint: str) -> bool:
