@@ -30,10 +30,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import objective_cost as cost
 from machine import describe
 from timing import paired_difference, paired_ratio, take_turns, timed, update_results, wait
+from vrpo.checkpoints import Checkpoint
 from vrpo.config import TrainConfig
 from vrpo.devices import resolve_device
-from vrpo.training.checkpoint import Checkpoint, save_checkpoint
-from vrpo.training.distributed import ALONE, World
+from vrpo.processes import ALONE, World
+from vrpo.training.checkpoint import save_checkpoint
 from vrpo.training.parallel import Parallel
 from vrpo.training.writer import CheckpointWriter
 

@@ -92,8 +92,9 @@ def best_interval(stall: float, mtbf: float) -> float:
 
 def measure_checkpoint(name: str) -> dict[str, float]:
     """Return the bytes of a checkpoint of ``name``, and the seconds to copy, write and read and verify it."""
+    from vrpo.checkpoints import Checkpoint, load_checkpoint
     from vrpo.models.transformer import build_transformer
-    from vrpo.training.checkpoint import Checkpoint, find_newest, load_checkpoint, save_checkpoint
+    from vrpo.training.checkpoint import find_newest, save_checkpoint
 
     network = build_transformer(name, input_size=32, in_channels=4, num_classes=1000)
     weights = {key: value.detach() for key, value in network.state_dict().items()}

@@ -27,10 +27,10 @@ from vrpo.alignment.build import TrunkShape, build_objective
 from vrpo.alignment.objective import TargetBatch
 from vrpo.config import RunConfig
 from vrpo.config_load import load_preset, merge, validate
-from vrpo.devices import resolve_device
+from vrpo.devices import DTYPES, resolve_device
 from vrpo.models.transformer import DiffusionTransformer, build_transformer
 from vrpo.planning.live_bytes import LiveBytes, storages
-from vrpo.sampling import DTYPES, build_denoising
+from vrpo.sampling import build_denoising
 from vrpo.training.ema import Ema
 from vrpo.training.optim import Optimizer
 from vrpo.training.step import DenoisingStep, draw_step

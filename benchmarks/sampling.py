@@ -27,11 +27,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from machine import describe
 from timing import paired_ratio, parser_of, take_turns, timed, update_results
 from vrpo.config_load import validate
-from vrpo.data.transforms import to_uint8
-from vrpo.devices import resolve_device
+from vrpo.devices import DTYPES, resolve_device
 from vrpo.diffusion.noise import SampleNoise
 from vrpo.models.transformer import DiffusionTransformer, build_transformer
-from vrpo.sampling import DTYPES, ImageSampler
+from vrpo.pixels import to_uint8
+from vrpo.sampling import ImageSampler
 from vrpo.sampling.source import lower_weights
 
 PLAIN = "plain loop"

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vrpo.data.manifest import LatentRecord, Manifest, Normaliser
 from vrpo.data.shards import ShardedDataset
-from vrpo.data.transforms import to_uint8
 from vrpo.errors import ConfigError
+from vrpo.pixels import to_uint8
 from vrpo.vision.autoencoders import Decoder, LatentDecoder, Pixels, load_autoencoder
 
 

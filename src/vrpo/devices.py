@@ -1,10 +1,12 @@
-"""The device that a name stands for."""
+"""The devices and the types of numbers that names stand for."""
 
 from __future__ import annotations
 
 import torch
 
 from vrpo.errors import ConfigError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:

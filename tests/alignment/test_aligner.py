@@ -19,9 +19,9 @@ from vrpo.alignment import Aligner
 from vrpo.alignment.build import TrunkShape, build_objective
 from vrpo.alignment.objective import Objective, TargetBatch
 from vrpo.config import AlignConfig, DiffusionConfig
-from vrpo.data.transforms import to_float
 from vrpo.errors import ConfigError
 from vrpo.models.transformer import DiffusionTransformer
+from vrpo.pixels import to_float
 from vrpo.sampling import build_denoising
 from vrpo.training.step import DenoisingStep, draw_step
 

@@ -14,8 +14,9 @@ import torch
 from pictures import encode, noise_image
 from PIL import Image
 
-from vrpo.data.transforms import centre_crop, decode, mirror, to_float, to_uint8
+from vrpo.data.transforms import centre_crop, decode, mirror
 from vrpo.errors import DataError
+from vrpo.pixels import to_float, to_uint8
 
 
 def resample_matrix(source: int, target: int, kernel, radius: float) -> np.ndarray:

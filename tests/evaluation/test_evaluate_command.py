@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from vrpo.checkpoints import Checkpoint
 from vrpo.commands.evaluation import evaluate
 from vrpo.config_load import to_yaml, validate
 from vrpo.errors import CheckpointError, EvaluationError
 from vrpo.models.transformer import build_transformer
 from vrpo.sampling import RunSampler
-from vrpo.training.checkpoint import Checkpoint, save_checkpoint
+from vrpo.training.checkpoint import save_checkpoint
 
 JUDGE = ["--features", "resnet10t", "--features-weights", "random", "--metrics", "fd", "--samples", "4"]
 

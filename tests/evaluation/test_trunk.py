@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from vrpo.data.transforms import to_float
 from vrpo.diffusion.losses import FlowMatching, NoisePrediction
 from vrpo.diffusion.paths import get_path
 from vrpo.errors import EvaluationError
@@ -17,6 +16,7 @@ from vrpo.evaluation.probe import DECAY, fit_probe, linear_probe
 from vrpo.evaluation.trunk import Trunk, cknna_by_depth, probe_by_depth, spread_rows
 from vrpo.models.taps import Taps
 from vrpo.models.transformer import DiffusionTransformer, build_transformer
+from vrpo.pixels import to_float
 
 
 class Images:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from small_run import tiny_config
 
+from vrpo.checkpoints import find_checkpoints
 from vrpo.errors import CheckpointError, ConfigError, DataError, VrpoError
 from vrpo.files import sha256_file
 from vrpo.runs import Run
-from vrpo.training.checkpoint import find_checkpoints
 from vrpo.training.trainer import Trainer
 
 

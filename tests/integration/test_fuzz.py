@@ -29,6 +29,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from small_run import tiny_config
 
+from vrpo.checkpoints import find_checkpoints, read_state
 from vrpo.config_load import load_file, to_yaml, validate
 from vrpo.data.shards import ShardedDataset
 from vrpo.data.sources import open_source
@@ -42,7 +43,6 @@ from vrpo.models.weights import read_tensors
 from vrpo.report import charts
 from vrpo.report.compare import compare
 from vrpo.runs import Run
-from vrpo.training.checkpoint import find_checkpoints, read_state
 from vrpo.vision.convnet import ConvConfig, ConvEncoder, load_conv
 from vrpo.vision.weight_files import read_metadata, read_weights
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from vrpo.checkpoints import Checkpoint
 from vrpo.config_load import to_yaml, validate
 from vrpo.models.transformer import DiffusionTransformer, build_transformer
-from vrpo.training.checkpoint import Checkpoint, save_checkpoint
+from vrpo.training.checkpoint import save_checkpoint
 
 NAMES = ("tabby, tabby cat", "golden_retriever", "Tench", "7")
 

@@ -21,13 +21,14 @@ from PIL import Image
 from small import make_run
 
 from vrpo.cli import main
+from vrpo.devices import DTYPES
 from vrpo.errors import ConfigError
+from vrpo.processes import ALONE
 from vrpo.sampling import RunSampler
 from vrpo.sampling.chunks import Chunks
 from vrpo.sampling.draw import Order, Outputs, draw_images
-from vrpo.sampling.sampler import DTYPES, ImageSampler
+from vrpo.sampling.sampler import ImageSampler
 from vrpo.sampling.source import lower_weights
-from vrpo.training.distributed import ALONE
 
 
 def source(run: Path, weights: Any = "ema", **settings: Any) -> RunSampler:

@@ -77,7 +77,7 @@ def train(
     """
     from vrpo.config_load import validate
     from vrpo.errors import VrpoError
-    from vrpo.training.distributed import connect
+    from vrpo.processes import connect
     from vrpo.training.trainer import Trainer
 
     said: list[str] = []
@@ -109,7 +109,7 @@ def train_spoiled(config: dict[str, Any], folder: Path) -> tuple[str, bool, str,
 
     from vrpo.config_load import validate
     from vrpo.errors import VrpoError
-    from vrpo.training.distributed import connect
+    from vrpo.processes import connect
     from vrpo.training.trainer import Trainer
 
     with connect() as world:

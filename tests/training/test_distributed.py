@@ -13,9 +13,10 @@ import team as team_module
 import torch
 from team import Team
 
+from vrpo.checkpoints import PARTS, find_checkpoints, load_checkpoint
 from vrpo.errors import ConfigError
-from vrpo.training.checkpoint import PARTS, find_checkpoints, load_checkpoint
-from vrpo.training.distributed import World, share
+from vrpo.processes import World
+from vrpo.training.share import share
 from vrpo.training.trainer import Trainer
 
 # A token, and a scaffold whose trials not every pass of every process takes part in.

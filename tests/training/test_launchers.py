@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vrpo.checkpoints import find_checkpoints
 from vrpo.config_load import to_yaml
 from vrpo.runs import Run
-from vrpo.training.checkpoint import find_checkpoints
 
 # Process 1 kills itself in the middle of its tenth step, once.
 KILLER = """

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from team import Team, train_spoiled
 
 from vrpo.alignment.objective import Objective
+from vrpo.checkpoints import read_state
 from vrpo.data.loader import BatchOrder
 from vrpo.errors import CheckpointError
 from vrpo.training import rewind as rewind_module
-from vrpo.training.checkpoint import read_state
 from vrpo.training.rewind import Rewind, passed_at, read_rewinds
 from vrpo.training.trainer import Trainer
 from vrpo.training.trouble import NonFiniteError

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from vrpo.checkpoints import PARTS, find_checkpoints, load_checkpoint
 from vrpo.errors import CheckpointError
+from vrpo.processes import ALONE
 from vrpo.training import checkpoint as checkpoint_module
-from vrpo.training.checkpoint import PARTS, find_checkpoints, load_checkpoint
-from vrpo.training.distributed import ALONE
 from vrpo.training.trainer import Trainer
 from vrpo.training.writer import CheckpointWriter
 

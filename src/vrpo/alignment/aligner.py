@@ -17,9 +17,9 @@ from vrpo.alignment.build import TrunkShape, build_objective
 from vrpo.alignment.hooks import BlockHook, Select, find_block
 from vrpo.alignment.objective import AlignmentBatch
 from vrpo.config import AlignConfig
-from vrpo.data.transforms import to_float
 from vrpo.errors import ConfigError, nearest
 from vrpo.models.taps import TokenTap
+from vrpo.pixels import to_float
 from vrpo.randomness import STREAM_OBJECTIVE, step_generator
 
 # Objectives that also act inside a block, where a hook on its output has no access.

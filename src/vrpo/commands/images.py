@@ -107,7 +107,7 @@ class Sample:
 
 def sample(words: list[str]) -> int:
     """Draw images."""
-    from vrpo.training.distributed import connect, local_device
+    from vrpo.processes import connect, local_device
 
     with connect() as world:
         with world.agreed():

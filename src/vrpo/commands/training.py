@@ -51,7 +51,7 @@ def train(words: list[str]) -> int:
             config=(tyro.conf.FlagConversionOff,),
         )
 
-    from vrpo.training.distributed import connect
+    from vrpo.processes import connect
 
     with connect() as world:
         with world.agreed():

@@ -1,4 +1,4 @@
-"""From an encoded image to square uint8 pixels, and between uint8 pixels and the model's range [-1, 1].
+"""From an encoded image to square uint8 pixels.
 
 Colours are what ``PIL.Image.convert("RGB")`` makes of them, as in the field's loaders: palettes are looked
 up, grey is repeated, an alpha channel is dropped without compositing. The EXIF orientation tag is not
@@ -88,16 +88,6 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     left = (image.width - size) // 2
     top = (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
-
-
-def to_float(pixels: Tensor) -> Tensor:
-    """Map uint8 pixels to float32 in [-1, 1]: x / 127.5 - 1."""
-    return pixels.float().div_(127.5).sub_(1.0)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Map images in [-1, 1] to uint8 pixels: the floor of clamp(127.5 x + 128, 0, 255), as ADM does."""
-    return images.float().mul(127.5).add_(128.0).clamp_(0.0, 255.0).byte()
 
 
 def mirror(images: Tensor, flipped: Tensor) -> Tensor:

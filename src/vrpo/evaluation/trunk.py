@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vrpo.data.transforms import to_float
 from vrpo.diffusion.losses import Denoising
 from vrpo.diffusion.noise import SampleNoise
 from vrpo.errors import EvaluationError
@@ -20,6 +19,7 @@ from vrpo.evaluation.cknna import NEIGHBOURS, cknna
 from vrpo.evaluation.probe import DECAY, linear_probe
 from vrpo.models.taps import Taps
 from vrpo.models.transformer import DiffusionTransformer
+from vrpo.pixels import to_float
 from vrpo.untrusted import printable
 
 if TYPE_CHECKING:

@@ -25,9 +25,10 @@ from vrpo.alignment.image_distance import load_distance
 from vrpo.alignment.objective import Objective, TargetBatch
 from vrpo.alignment.scaffold import WithScaffold
 from vrpo.config import EncoderConfig, RunConfig
+from vrpo.devices import DTYPES
 from vrpo.models.transformer import DiffusionTransformer, build_transformer, parse_model_name
 from vrpo.planning.live_bytes import LiveBytes, storages
-from vrpo.sampling import DTYPES, build_denoising
+from vrpo.sampling import build_denoising
 from vrpo.training.step import DenoisingStep, draw_step
 from vrpo.vision.catalogue import ENCODERS
 from vrpo.vision.encoders import CONV_NAME, Encoder, load_backbone, load_encoder

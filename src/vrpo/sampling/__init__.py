@@ -2,11 +2,10 @@
 
 from vrpo.sampling.files import grid_image, image_format
 from vrpo.sampling.labels import LabelPolicy, find_class, sample_labels
-from vrpo.sampling.sampler import DTYPES, ImageSampler, build_denoising, check_sampling
+from vrpo.sampling.sampler import ImageSampler, build_denoising, check_sampling
 from vrpo.sampling.source import LoadedRun, RunSampler, load_run
 
 __all__ = [
-    "DTYPES",
     "ImageSampler",
     "LabelPolicy",
     "LoadedRun",

@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from vrpo.files import write_text
+from vrpo.processes import World
 from vrpo.sampling.chunks import Chunks
 from vrpo.sampling.files import (
     RECORD,
@@ -25,9 +26,6 @@ from vrpo.sampling.files import (
 )
 from vrpo.sampling.labels import LabelPolicy
 from vrpo.sampling.source import RunSampler
-
-if TYPE_CHECKING:
-    from vrpo.training.distributed import World
 
 
 @dataclass(frozen=True)

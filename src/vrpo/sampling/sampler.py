@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vrpo.config import DiffusionConfig, RunConfig, SampleConfig
-from vrpo.data.transforms import to_uint8
+from vrpo.devices import DTYPES
 from vrpo.diffusion.losses import Denoising, FlowMatching, NoisePrediction
 from vrpo.diffusion.noise import SampleNoise
 from vrpo.diffusion.paths import get_path
@@ -17,10 +17,9 @@ from vrpo.diffusion.samplers import check_settings, sample, sample_dit
 from vrpo.diffusion.state import Layout, State
 from vrpo.models.taps import NO_TAPS
 from vrpo.models.transformer import DiffusionTransformer
+from vrpo.pixels import to_uint8
 from vrpo.sampling.candidates import Candidates
 from vrpo.vision.autoencoders import Decoder, Pixels
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_denoising(kind: str, config: DiffusionConfig) -> Denoising:

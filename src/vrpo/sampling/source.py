@@ -11,17 +11,18 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from vrpo.checkpoints import check_part, read_state
 from vrpo.config import RunConfig, SampleConfig
 from vrpo.config_load import explain, validate
 from vrpo.decoding import decoder_of_state
+from vrpo.devices import DTYPES
 from vrpo.errors import ConfigError
 from vrpo.files import load_into, load_tensors
 from vrpo.models.transformer import DiffusionTransformer
 from vrpo.runs import open_checkpoint
 from vrpo.sampling.candidates import Selection, load_candidates
 from vrpo.sampling.labels import LabelPolicy, sample_labels
-from vrpo.sampling.sampler import DTYPES, ImageSampler
-from vrpo.training.checkpoint import check_part, read_state
+from vrpo.sampling.sampler import ImageSampler
 
 
 @dataclass(frozen=True)

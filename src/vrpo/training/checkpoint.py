@@ -1,30 +1,19 @@
-"""Checkpoints that are whole or absent: written beside, hashed, renamed; resumed to the same result."""
+"""Checkpoints that are whole or absent: written beside, hashed, renamed; damaged ones are passed over."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
 
+from vrpo.checkpoints import PARTS, Checkpoint, find_checkpoints, read_state
 from vrpo.errors import CheckpointError
-from vrpo.files import explain_os_error, is_unfinished, load_tensors, save_tensors, sha256_file, sync_folder, write_text
-from vrpo.untrusted import read_json, seal, unseal
-
-PARTS = ("model", "ema", "objective", "optimizer")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """All that a run needs to go on: tensors by part, and counters."""
-
-    tensors: dict[str, dict[str, Tensor]]
-    state: dict[str, Any]
+from vrpo.files import explain_os_error, is_unfinished, save_tensors, sha256_file, sync_folder, write_text
+from vrpo.untrusted import seal
 
 
 def save_checkpoint(
@@ -91,53 +80,6 @@ def _prune(run: Path, newest: Path, keep: int, keep_every: int) -> None:
             shutil.rmtree(old, ignore_errors=True)
     for leftover in filter(is_unfinished, newest.parent.iterdir()):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def find_checkpoints(run: Path) -> list[Path]:
-    """Return the run's finished checkpoints, newest first."""
-    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
-
-
-def step_of(path: Path) -> int:
-    """Return the step in a checkpoint folder's name."""
-    return int(path.name.rpartition("-")[2])
-
-
-def read_state(path: Path, verify: bool = False) -> dict[str, Any]:
-    """Read a checkpoint's counters, and with ``verify`` check every file against its hash.
-
-    Raises:
-        CheckpointError: a file is missing or does not match.
-    """
-    try:
-        state = unseal(read_json(path / "state.json"))
-        if not isinstance(state["sha256"], dict) or not isinstance(state["step"], int):
-            raise ValueError("it holds no hashes")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path / 'state.json'} is missing or damaged: use another checkpoint.") from error
-    for part in PARTS if verify else ():
-        check_part(path / f"{part}.safetensors", state)
-    return state
-
-
-def check_part(file: Path, state: dict[str, Any]) -> None:
-    """Compare one file of a checkpoint with its hash.
-
-    Raises:
-        CheckpointError: it is missing or does not match.
-    """
-    if not file.is_file() or sha256_file(file) != state["sha256"].get(file.name):
-        raise CheckpointError(f"{file} is missing or does not match its hash: use another checkpoint.")
-
-
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint that was verified.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
-    """
-    state = read_state(path)
-    return Checkpoint({part: load_tensors(path / f"{part}.safetensors") for part in PARTS}, state)
 
 
 def find_newest(run: Path) -> tuple[Path, list[str]] | None:

@@ -18,8 +18,8 @@ from vrpo.errors import ConfigError
 from vrpo.files import is_unfinished, write_text
 from vrpo.free_keys import is_free
 from vrpo.models.transformer import parameter_count
+from vrpo.processes import World
 from vrpo.runs import flatten
-from vrpo.training.distributed import World
 from vrpo.training.setup import Parts
 from vrpo.training.telemetry import Journal
 from vrpo.untrusted import seal, seal_text

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vrpo.data.manifest import LatentRecord, Normaliser
-from vrpo.data.transforms import to_float
+from vrpo.pixels import to_float
 from vrpo.randomness import STREAM_LATENTS, step_generator
 
 

@@ -16,8 +16,8 @@ from vrpo.decoding import decoder_of_state, latent_state
 from vrpo.errors import ConfigError
 from vrpo.files import replacing
 from vrpo.models.transformer import DiffusionTransformer
+from vrpo.processes import ALONE, World
 from vrpo.sampling import ImageSampler, grid_image
-from vrpo.training.distributed import ALONE, World
 from vrpo.training.setup import Parts
 from vrpo.training.telemetry import Journal
 from vrpo.training.validation import Validation

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vrpo.config import TrainConfig
 from vrpo.errors import ConfigError
 from vrpo.models.transformer import DiffusionTransformer
-from vrpo.training.distributed import World
+from vrpo.processes import World
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from vrpo.checkpoints import find_checkpoints, read_state, step_of
 from vrpo.errors import CheckpointError
 from vrpo.files import write_text
 from vrpo.runs import Run
-from vrpo.training.checkpoint import find_checkpoints, read_state, step_of
 from vrpo.untrusted import read_json, seal, unseal
 
 FILE = "rewinds.json"

@@ -11,8 +11,8 @@ from vrpo.config import RunConfig
 from vrpo.data.shards import ShardedDataset
 from vrpo.evaluation.evaluate import chosen_metrics, evaluate_images
 from vrpo.evaluation.reference import load_reference
+from vrpo.processes import ALONE, World
 from vrpo.sampling import ImageSampler, sample_labels
-from vrpo.training.distributed import ALONE, World
 from vrpo.training.observe import draw_together
 from vrpo.vision.encoders import load_feature_network
 

@@ -19,10 +19,11 @@ from vrpo.devices import resolve_device
 from vrpo.diffusion.losses import Denoising
 from vrpo.errors import ConfigError
 from vrpo.models.transformer import SIZES, DiffusionTransformer, build_transformer, parse_model_name
+from vrpo.processes import ALONE, World, local_device
 from vrpo.randomness import STREAM_INIT, mix
 from vrpo.sampling import build_denoising, check_sampling
 from vrpo.training.data_checks import check_data, check_pair
-from vrpo.training.distributed import ALONE, World, local_device, share
+from vrpo.training.share import share
 from vrpo.training.targets import Say, Targets
 
 # Below this, reading the data once takes no time worth showing.

@@ -10,12 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from vrpo.alignment.prototypes import Prototypes
+from vrpo.checkpoints import Checkpoint, load_checkpoint
 from vrpo.config import RunConfig
 from vrpo.decoding import latent_state
 from vrpo.errors import CheckpointError, ConfigError
 from vrpo.files import load_into
-from vrpo.training.checkpoint import Checkpoint, find_newest, load_checkpoint
-from vrpo.training.distributed import World
+from vrpo.processes import World
+from vrpo.training.checkpoint import find_newest
 from vrpo.training.ema import Ema
 from vrpo.training.optim import Optimizer
 from vrpo.training.rewind import passed_at, read_rewinds, rewind_run, set_aside_rewound

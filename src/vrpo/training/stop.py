@@ -1,4 +1,4 @@
-"""A request to stop, by Ctrl-C or SIGTERM, that training honours at the end of a step."""
+"""A request to stop, by Ctrl-C or SIGTERM, that the processes of a run honour together at the end of a step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vrpo.processes import World
 
 
 class StopRequest:
@@ -32,3 +38,29 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
+
+
+class SharedSignal:
+    """The largest of the processes' signal numbers, agreed on without waiting for it.
+
+    Each step's question is answered at the next one, so that no step waits for the network, and all processes
+    learn the answer at the same step.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._pending: tuple[Any, Tensor] | None = None
+
+    def agree(self, number: int | None) -> int | None:
+        """Tell this process's signal and return the one that all know of, or None."""
+        if self._world.size == 1:
+            return number
+        answer = None
+        if self._pending is not None:
+            work, flag = self._pending
+            work.wait()
+            answer = int(flag.item()) or None
+        flag = torch.tensor([number or 0], dtype=torch.int64)
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._world.group, async_op=True)
+        self._pending = (work, flag)
+        return answer

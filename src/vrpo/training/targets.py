@@ -15,6 +15,7 @@ from vrpo.alignment.objective import TargetBatch
 from vrpo.config import EncoderConfig
 from vrpo.data.loader import Batch
 from vrpo.data.shards import ShardedDataset
+from vrpo.devices import DTYPES
 from vrpo.files import load_tensors, replacing, save_tensors
 from vrpo.vision.backbone import EncoderOutput
 from vrpo.vision.cache import TokenCache
@@ -73,7 +74,7 @@ class Targets:
                 feature=config.feature,
                 input_size=config.input_size,
                 device=device,
-                dtype={"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[config.precision],
+                dtype=None if config.precision == "auto" else DTYPES[config.precision],
                 allow_resample=config.resample,
                 keys_values=keys_values,
                 class_token=class_token,

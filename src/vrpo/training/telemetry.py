@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vrpo.files import write_text
-from vrpo.training.distributed import ALONE, World
+from vrpo.processes import ALONE, World
 from vrpo.untrusted import parse_json, seal, unseal
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from vrpo.alignment.prototypes import Prototypes
 from vrpo.config import RunConfig
 from vrpo.data.loader import Batch, Loader
+from vrpo.devices import DTYPES
 from vrpo.errors import ConfigError, DataError, EvaluationError
-from vrpo.sampling import DTYPES
-from vrpo.training.distributed import ALONE, SharedSignal, World, describe_share, share
+from vrpo.processes import ALONE, World
 from vrpo.training.ema import Ema
 from vrpo.training.folder import begin_folder, claim_folder, open_journal, write_facts
 from vrpo.training.latents import CleanLatents
@@ -25,9 +25,10 @@ from vrpo.training.observe import Observer
 from vrpo.training.optim import Optimizer
 from vrpo.training.parallel import Parallel
 from vrpo.training.setup import Parts, build_parts, idle_settings
+from vrpo.training.share import describe_share, share
 from vrpo.training.state import Counters, RunState, take_up
 from vrpo.training.step import DenoisingStep, draw_step
-from vrpo.training.stop import StopRequest
+from vrpo.training.stop import SharedSignal, StopRequest
 from vrpo.training.telemetry import BinnedMean, Journal, Meter, Stopwatch, Window, memory_mb, plain
 from vrpo.training.trouble import NonFiniteError, Watch, diagnosis
 from vrpo.training.writer import CheckpointWriter

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vrpo.checkpoints import find_checkpoints, step_of
 from vrpo.data.loader import Loader
 from vrpo.errors import CheckpointError
-from vrpo.training.checkpoint import find_checkpoints, step_of
-from vrpo.training.distributed import World
+from vrpo.processes import World
 from vrpo.training.state import RunState
 from vrpo.training.step import StepOutput
 

@@ -12,13 +12,13 @@ from vrpo.alignment.objective import AlignmentBatch, Objective, TargetBatch
 from vrpo.config import RunConfig
 from vrpo.data.manifest import Normaliser
 from vrpo.data.shards import ShardedDataset
+from vrpo.devices import DTYPES
 from vrpo.diffusion.losses import Denoising
 from vrpo.diffusion.state import State
 from vrpo.models.taps import NO_TAPS, Taps
 from vrpo.models.transformer import DiffusionTransformer
+from vrpo.processes import ALONE, World
 from vrpo.randomness import STREAM_VALIDATION, mix, step_generator
-from vrpo.sampling import DTYPES
-from vrpo.training.distributed import ALONE, World
 from vrpo.training.latents import CleanLatents
 from vrpo.training.targets import Targets
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vrpo.checkpoints import PARTS, Checkpoint
 from vrpo.errors import CheckpointError, VrpoError
 from vrpo.files import save_tensors
-from vrpo.training.checkpoint import PARTS, Checkpoint, save_checkpoint
-from vrpo.training.distributed import HOST_TIMEOUT, World
+from vrpo.processes import HOST_TIMEOUT, World
+from vrpo.training.checkpoint import save_checkpoint
 from vrpo.training.optim import is_sharded
 
 Parts = dict[str, dict[str, Tensor]]

@@ -15,9 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vrpo.data.transforms import to_float
+from vrpo.devices import DTYPES
 from vrpo.errors import CheckpointError, ConfigError, nearest
 from vrpo.files import tensors_hash
+from vrpo.pixels import to_float
 from vrpo.vision.hub import asking_hub, why_not
 
 # Short names of published autoencoders on the hub.
@@ -29,7 +30,6 @@ HUB_NAMES = {
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
 # Images that are decoded at once: fixed, so that an image does not depend on how many are asked for.
 DECODE_BATCH = 16
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Decoder(Protocol):
@@ -71,7 +71,7 @@ class Autoencoder:
         self.scale = float(config.get("scaling_factor") or 1.0)
         shaping = json.dumps([self.kind, self.shift, self.scale])
         self.fingerprint = hashlib.sha256((shaping + tensors_hash(network.state_dict())).encode()).hexdigest()
-        self._dtype = PRECISIONS[precision]
+        self._dtype = DTYPES[precision]
         # The plain module's method: that of diffusers warns whenever a dtype is given.
         self._network: Any = nn.Module.to(network, device=device, dtype=self._dtype).eval().requires_grad_(False)
         self.downsampling = self._downsampling()

@@ -158,35 +158,6 @@ class World:
 ALONE = World()
 
 
-class SharedSignal:
-    """The largest of the processes' signal numbers, agreed on without waiting for it.
-
-    Each step's question is answered at the next one, so that no step waits for the network, and all processes
-    learn the answer at the same step.
-    """
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._pending: tuple[Any, Tensor] | None = None
-
-    def agree(self, number: int | None) -> int | None:
-        """Tell this process's signal and return the one that all know of, or None."""
-        if self._world.size == 1:
-            return number
-        import torch
-        import torch.distributed as dist
-
-        answer = None
-        if self._pending is not None:
-            work, flag = self._pending
-            work.wait()
-            answer = int(flag.item()) or None
-        flag = torch.tensor([number or 0], dtype=torch.int64)
-        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._world.group, async_op=True)
-        self._pending = (work, flag)
-        return answer
-
-
 @contextmanager
 def connect() -> Iterator[World]:
     """Join the processes that a launcher started, for the time of the block.
@@ -312,58 +283,3 @@ def local_device(name: str, world: World) -> str:
             f"torchrun --nproc-per-node {torch.cuda.device_count()}."
         )
     return f"cuda:{world.local_rank}"
-
-
-@dataclass(frozen=True)
-class Share:
-    """One process's part of every step: noised images ``start`` to ``stop`` of the batch, ``micro`` a pass."""
-
-    start: int
-    stop: int
-    micro: int
-
-    @property
-    def size(self) -> int:
-        """Noised images of a step on this process."""
-        return self.stop - self.start
-
-    @property
-    def passes(self) -> int:
-        """Forward and backward passes of a step."""
-        return self.size // self.micro
-
-
-def share(batch_size: int, micro_batch: int, noisings: int, world: World = ALONE) -> Share:
-    """Divide a step's ``batch_size`` noised images among the processes.
-
-    Raises:
-        ConfigError: it does not divide into whole groups of noisings.
-    """
-    group = noisings * world.size
-    if batch_size % group:
-        nearest = max(1, round(batch_size / group)) * group
-        if world.size == 1:
-            raise ConfigError(
-                f"train.batch_size {batch_size} is not a multiple of train.noisings {noisings}: use {nearest}."
-            )
-        groups = "" if noisings == 1 else f" in whole groups of train.noisings {noisings}"
-        raise ConfigError(
-            f"train.batch_size {batch_size} does not divide among {world.size} processes{groups}: use {nearest}."
-        )
-    size = batch_size // world.size
-    micro = min(micro_batch or size, size)
-    if size % micro or micro % noisings:
-        divisors = [n for n in range(noisings, size + 1, noisings) if size % n == 0]
-        closest = min(divisors, key=lambda n: abs(n - micro))
-        whole = f"train.batch_size {size}" if world.size == 1 else f"the {size} images a step of each process"
-        raise ConfigError(
-            f"train.micro_batch {micro} does not divide {whole} into whole groups of noisings: use {closest}."
-        )
-    return Share(world.rank * size, (world.rank + 1) * size, micro)
-
-
-def describe_share(part: Share, world: World) -> str:
-    """Return the sentence that says how a step is divided."""
-    passes = "in one pass" if part.passes == 1 else f"in {part.passes} passes of {part.micro}"
-    whole = part.size * world.size
-    return f"A step's {whole} images are divided among {world.size} processes: {part.size} each, {passes}."
