@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,11 +15,27 @@ from vrpo.training.trainer import train
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``data`` (token cache included), ``run`` and the hidden features of neither."""
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     train(tiny_config(tiny_data(folder / "data"), sample_every=16), folder / "run", say=lambda sentence: None)
     return folder
+
+
+def _files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return size and time of every file below a folder."""
+    found = {str(file): file.stat() for file in folder.rglob("*") if file.is_file()}
+    return {name: (status.st_size, status.st_mtime_ns) for name, status in found.items()}
+
+
+@pytest.fixture
+def finished(_shared: Path) -> Iterator[Path]:
+    """A folder with ``data`` (token cache included) and ``run``, for reading: a test that writes works on a copy.
+
+    All tests see the same folder, so what one of them left there would make the next depend on their order.
+    """
+    before = _files(_shared)
+    yield _shared
+    assert _files(_shared) == before, "the test changed what other tests read: let it work on a copy"
 
 
 @pytest.fixture(scope="session")

@@ -212,13 +212,14 @@ def test_no_command_opens_a_connection_of_itself(
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    (tmp_path / "config.yaml").write_text(to_yaml(tiny_config(finished / "data")))
+    reference = shutil.copytree(finished / "data", tmp_path / "data")  # its features are kept beside it
+    (tmp_path / "config.yaml").write_text(to_yaml(tiny_config(reference)))
     run = str(tmp_path / "run")
     judge = ["--features", "resnet10t", "--features-weights", "random", "--metrics", "fd", "--samples", "8"]
     for words in (
         ["train", "--config", str(tmp_path / "config.yaml"), "--out", run],
         ["sample", run, "--out", str(tmp_path / "s.npz"), "--count", "4", "--device", "cpu"],
-        ["evaluate", run, "--reference", str(finished / "data"), *judge, "--device", "cpu"],
+        ["evaluate", run, "--reference", str(reference), *judge, "--device", "cpu"],
         ["compare", run, "--out", str(tmp_path / "report.html")],
     ):
         with pytest.raises(SystemExit) as stop:
@@ -232,6 +233,7 @@ def test_a_terminal_is_not_driven_by_the_names_in_data(
 ) -> None:
     clear = "evil\x1b[2J\x9b1m\ud800"
     shutil.copytree(finished / "run", tmp_path / "run")
+    reference = str(shutil.copytree(finished / "data", tmp_path / "reference"))
     facts = {"name": clear, "objective": clear, "status": clear, "data": {"fingerprint": clear, "classes": [clear]}}
     (tmp_path / "run" / "run.json").write_text(json.dumps(facts))
     for index in range(4):
@@ -249,8 +251,8 @@ def test_a_terminal_is_not_driven_by_the_names_in_data(
         (["data", "info", str(tmp_path / "no\x1b[2Jsuch")], "no\\x1b[2Jsuch"),
         (["data", "info", str(tmp_path / "data")], "cat\\x1b[2J"),
         (["compare", str(tmp_path / "run"), "--out", str(tmp_path / "report.html")], "evil\\x1b[2J"),
-        (["evaluate", images, "--reference", str(finished / "data"), *judge], "evil\\x1b[2J"),
-        (["evaluate", images, images, "--reference", str(finished / "data"), *judge], "evil\\x1b[2J"),
+        (["evaluate", images, "--reference", reference, *judge], "evil\\x1b[2J"),
+        (["evaluate", images, images, "--reference", reference, *judge], "evil\\x1b[2J"),
     ):
         with pytest.raises(SystemExit):
             main(words)
