@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from vrpo.alignment.gate import DECAY, RunningMeans, gate_value, pooled, time_bins
+from vrpo.alignment.head import PolicyHead
+from vrpo.config import VrpoConfig
+from vrpo.training.telemetry import plain
 
 
 def test_the_gate_closes_with_disagreement_only() -> None:
@@ -76,3 +81,22 @@ def test_what_is_not_finite_counts_nowhere(bad: float) -> None:
     assert sums.tolist() == [[6, 14, 0], [6, 8, 0]]
     assert counts.tolist() == [[2, 2, 0], [2, 1, 0]]
     assert means.means("a").tolist() == [3, 7, 5]
+
+
+@pytest.mark.parametrize("seen", [1, 0], ids=["one-bin", "none"])
+def test_an_empty_bin_is_null_in_the_telemetry_and_its_gate_a_number(seen: int) -> None:
+    projector = torch.nn.Linear(6, 4)
+    head = PolicyHead(VrpoConfig(time_bins=3), projector, 4, ["semantic"], keep_old=False)
+    values = torch.full((2, 5), -0.05)
+    counted = torch.full((2, 5), bool(seen))
+    names = ("semantic/reward", "semantic/size", "semantic/dropped", "agreement", "direction")
+    head.statistics.observe({name: (values, counted) for name in names}, torch.tensor([1, 1]))
+    head.update(projector)
+    logs = {name: plain(value) for name, value in head.logs().items()}
+    assert json.loads(json.dumps(logs, allow_nan=False)) == logs
+    one = pytest.approx(-0.05) if seen else None
+    assert logs["reward_semantic"] == logs["spread_semantic"] == logs["agreement"] == [None, one, None]
+    assert logs["direction_norm"] == one
+    # A bin that was never seen has the gate of all, and one is open before anything was.
+    gate = gate_value(torch.tensor(-0.05 * seen), head.config.gate_scale, head.config.gate_floor)
+    assert logs["gate"] == [pytest.approx(gate.item())] * 3

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from fabricated import fabricate
 
 from vrpo.report.compare import compare
@@ -75,6 +76,18 @@ def test_the_policy_of_a_side_head_is_told_by_gate_agreement_and_rewards(tmp_pat
     assert "turned down to 75% on average, most at times 0 to 0.5, where it kept 50%" in gate
     assert "most at times 0.5 to 1 (cosine 0.08) and least at times 0 to 0.5 (-0.04)" in agreement
     assert "a length of 0.60" in direction
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_time_bin_that_was_always_empty_counts_nowhere(tmp_path: Path) -> None:
+    def add(share: float) -> dict[str, Any]:
+        return {"gate": [0.5, None, 1.0], "agreement": [-0.04, None, 0.08]}
+
+    gate, agreement = policy_sentences([Run(with_logs(tmp_path / "run", add))])
+    assert "turned down to 75% on average, most at times 0 to 0.33, where it kept 50%" in gate
+    assert "most at times 0.67 to 1 (cosine 0.08) and least at times 0 to 0.33 (-0.04)" in agreement
+    (same,) = policy_sentences([Run(with_logs(tmp_path / "open", lambda share: {"gate": [None, 1.0, 1.0]}))])
+    assert same == "Alignment never disagreed with denoising by enough to be turned down."
 
 
 def test_the_report_holds_sentences_and_heat_maps(tmp_path: Path) -> None:

@@ -71,12 +71,12 @@ def _gate(runs: Sequence[Run]) -> str | None:
     gate = binned_history(runs, f"{_PREFIX}gate")
     if gate is None:
         return None
-    by_time = np.nanmean(gate.values, axis=1)
-    if by_time.min() > 0.995:
+    by_time = gate.by_time()
+    lowest = int(np.nanargmin(by_time))
+    if by_time[lowest] > 0.995:
         return "Alignment never disagreed with denoising by enough to be turned down."
-    lowest = int(np.argmin(by_time))
     return (
-        f"Alignment was turned down to {by_time.mean():.0%} on average, most at times "
+        f"Alignment was turned down to {np.nanmean(by_time):.0%} on average, most at times "
         f"{_interval(lowest, len(by_time))}, where it kept {by_time[lowest]:.0%}."
     )
 
@@ -85,7 +85,7 @@ def _agreement(runs: Sequence[Run]) -> str | None:
     agreement = binned_history(runs, f"{_PREFIX}agreement")
     if agreement is None:
         return None
-    by_time = np.nanmean(agreement.values, axis=1)
+    by_time = agreement.by_time()
     most, least = int(np.nanargmax(by_time)), int(np.nanargmin(by_time))
     return (
         f"What the encoder asks of a token agreed with what denoising asks most at times "

@@ -119,6 +119,10 @@ class BinnedHistory:
     values: np.ndarray
     images: float
 
+    def by_time(self) -> np.ndarray:
+        """Return the mean over training by time bin, (bins,), NaN where a bin was always empty."""
+        return _mean_of_logged(self.values, axis=1)
+
 
 def binned_history(runs: Sequence[Run], key: str, columns: int = 64) -> BinnedHistory | None:
     """Return a value by time bin in equal stretches of training, averaged over runs, None if absent."""
@@ -168,8 +172,10 @@ def last_profile(runs: Sequence[Run], key: str, share: float = 0.2) -> np.ndarra
         rows = [values for _, values in _binned_rows(run.metrics("train"), key)]
         if rows:
             profiles += rows[-max(1, round(share * len(rows))) :]
-    if not profiles:
-        return None
+    return _mean_of_logged(stacked(profiles), axis=0) if profiles else None
+
+
+def _mean_of_logged(values: np.ndarray, axis: int) -> np.ndarray:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return np.asarray(np.nanmean(stacked(profiles), axis=0))
+        warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing is NaN, as it should be
+        return np.asarray(np.nanmean(values, axis=axis))
