@@ -90,7 +90,7 @@ def test_an_empty_bin_is_null_in_the_telemetry_and_its_gate_a_number(seen: int) 
     values = torch.full((2, 5), -0.05)
     counted = torch.full((2, 5), bool(seen))
     names = ("semantic/reward", "semantic/size", "semantic/dropped", "agreement", "direction")
-    head.statistics.observe({name: (values, counted) for name in names}, torch.tensor([1, 1]))
+    head.statistics.observe(dict.fromkeys(names, (values, counted)), torch.tensor([1, 1]))
     head.update(projector)
     logs = {name: plain(value) for name, value in head.logs().items()}
     assert json.loads(json.dumps(logs, allow_nan=False)) == logs

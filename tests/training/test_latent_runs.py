@@ -182,7 +182,14 @@ def test_data_that_does_not_fit_is_one_sentence(
     bare = make(tmp_path / "bare", 6, 2, autoencoder, keep_pixels=False)
     bare_data = {"path": str(bare), "validation": None}
     refused(ConfigError, "holds latents without pixels", objective="repa", data=bare_data)
+    bare_held_out = {"validation": str(bare)}
+    words = "repa encodes held-out images, and .* holds latents without pixels"
+    refused(ConfigError, words, objective="repa", data=bare_held_out, train={"validate_every": 8})
+    run(configure(make_config, latents, "repa", data=bare_held_out), tmp_path / "unmeasured-run")
     run(configure(make_config, latents, "none", data=bare_data), tmp_path / "bare-run")
+    measured = configure(make_config, latents, "none", data=bare_held_out, train={"validate_every": 8})
+    run(measured, tmp_path / "measured-run")
+    assert all(record["denoising"] > 0 for record in records(tmp_path / "measured-run", "validation"))
     assert not (tmp_path / "run").exists()
 
 

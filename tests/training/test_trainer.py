@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import CLASSES, pictures
 
@@ -27,8 +29,10 @@ from vrpo.data.sources import ArraySource
 from vrpo.errors import CheckpointError, ConfigError, EvaluationError
 from vrpo.evaluation.protocol import Protocol
 from vrpo.models.taps import Taps
+from vrpo.processes import ALONE
 from vrpo.runs import Run
 from vrpo.training import trainer as trainer_module
+from vrpo.training.folder import open_journal
 from vrpo.training.trainer import Trainer, TrainResult
 from vrpo.training.trouble import NonFiniteError
 from vrpo.vision.encoders import load_feature_network
@@ -271,6 +275,34 @@ def test_non_finite_steps_never_reach_the_weights(make_config: Any, tmp_path: Pa
         torch.isfinite(value).all() for part in ("model", "ema") for value in weights(tmp_path / "run", part).values()
     )
     assert records(tmp_path / "run", "train")[-1]["skipped"] == 3
+
+
+def test_a_held_out_loss_that_is_not_finite_is_null(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(align={"objective": "repa"}, train={"validate_every": 16, "validation_images": 30})
+    trainer = Trainer(config, tmp_path / "run", say=lambda s: None)
+    with torch.no_grad():
+        for network in (trainer.ema.network, trainer.parts.trunk):
+            next(network.parameters()).fill_(torch.nan)
+    ((kind, work),) = trainer.observer.due(open_journal(tmp_path / "run", 0, ALONE, print), 0, lambda every: True, True)
+    record = work()
+    assert (kind, record) == ("validation", {"denoising": None, "alignment": None, "held_out_images": 30})
+
+
+def test_one_image_in_one_row_of_a_parquet_file_trains_and_is_held_out(make_config: Any, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    encoded = io.BytesIO()
+    Image.fromarray(pictures(1, 0)[0][0]).save(encoded, "PNG")
+    table = pyarrow.table({"image": [{"bytes": encoded.getvalue(), "path": None}], "label": [0]})
+    pyarrow.parquet.write_table(table, tmp_path / "one.parquet")
+    prepare(tmp_path / "one.parquet", tmp_path / "one", size=16, workers=1, progress=False)
+    data = {"path": str(tmp_path / "one"), "validation": str(tmp_path / "one")}
+    run(make_config(data=data, align={"objective": "repa"}, train={"validate_every": 48}), tmp_path / "run")
+    found = records(tmp_path / "run", "validation")
+    assert [record["held_out_images"] for record in found] == [1, 1, 1]
+    # It has learnt the one image.
+    assert found[-1]["denoising"] < found[0]["denoising"]
+    assert found[-1]["alignment"] > found[0]["alignment"]
 
 
 def test_endless_non_finite_steps_stop_the_run_with_a_sentence(make_config: Any, tmp_path: Path) -> None:

@@ -38,11 +38,12 @@ def check_data(config: RunConfig, dataset: ShardedDataset, flip: bool) -> None:
         )
 
 
-def check_pair(dataset: ShardedDataset, held_out: ShardedDataset | None) -> None:
-    """Refuse held-out data that is not of the same kind as the training data.
+def check_pair(config: RunConfig, dataset: ShardedDataset, held_out: ShardedDataset | None) -> None:
+    """Refuse held-out data that is not of the same kind as the training data, or cannot be measured on.
 
     Raises:
         DataError: the first difference.
+        ConfigError: alignment is to be measured, and there are no images to encode.
     """
     if held_out is None:
         return
@@ -66,4 +67,9 @@ def check_pair(dataset: ShardedDataset, held_out: ShardedDataset | None) -> None
         raise DataError(
             f"the held-out data of {held_out.path} has other classes than {dataset.path}: prepare both from the same "
             "class folders."
+        )
+    if config.train.validate_every and config.encoders and not held_out.holds_pixels:
+        raise ConfigError(
+            f"align.objective {config.align.objective} encodes held-out images, and {held_out.path} holds latents "
+            "without pixels: prepare it with its pixels kept, or set --train.validate_every 0."
         )

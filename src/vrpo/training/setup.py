@@ -122,7 +122,7 @@ def build_parts(config: RunConfig, say: Say, progress: Any = None, world: World 
     device = resolve_device(local_device(config.train.device, world))
     dataset = open_data(config.data.path, "data.path")
     held_out = None if config.data.validation is None else open_data(config.data.validation, "data.validation")
-    check_pair(dataset, held_out)
+    check_pair(config, dataset, held_out)
     if config.data.conditional and not dataset.labelled:
         raise ConfigError(
             f"{config.data.path} has no labels, and data.conditional is true: prepare it from one folder a class, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from vrpo.processes import ALONE, World
 from vrpo.randomness import STREAM_VALIDATION, mix, step_generator
 from vrpo.training.latents import CleanLatents
 from vrpo.training.targets import Targets
+from vrpo.training.telemetry import plain
 
 VALIDATION_BATCH = 128
 
@@ -55,7 +57,10 @@ class Validation:
     def __call__(
         self, averaged: DiffusionTransformer, trunk: DiffusionTransformer, objective: Objective
     ) -> dict[str, Any]:
-        """Return the held-out denoising loss of the averaged weights and the alignment of the trained ones."""
+        """Return the held-out denoising loss of the averaged weights and the alignment of the trained ones.
+
+        What is not finite is None.
+        """
         starts = range(0, len(self.rows), VALIDATION_BATCH)
         found: dict[int, tuple[Tensor, float | None]] = {}
         for mine in self.world.divided(len(starts)):
@@ -64,12 +69,11 @@ class Validation:
         # In the order of the batches, whoever measured them.
         everything = {start: values for part in self.world.gather(found) for start, values in part.items()}
         losses = torch.cat([everything[start][0] for start in starts])
-        record = {"denoising": losses.mean().item(), "held_out_images": len(self.rows)}
+        record: dict[str, Any] = {"denoising": plain(losses.mean()), "held_out_images": len(self.rows)}
         cosines = [(everything[start][1], len(everything[start][0])) for start in starts]
         if all(cosine is not None for cosine, _ in cosines):
-            record["alignment"] = sum(cosine * count for cosine, count in cosines if cosine is not None) / len(
-                self.rows
-            )
+            total = sum(cosine * count for cosine, count in cosines if cosine is not None)
+            record["alignment"] = total / len(self.rows) if math.isfinite(total) else None
         return record
 
     def _measure(
