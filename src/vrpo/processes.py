@@ -1,4 +1,4 @@
-"""The processes of one run: who they are, what they tell each other, and one sentence where one of them refuses.
+"""The processes of one command: who they are, what they tell each other, and one sentence where one of them refuses.
 
 A launcher such as `torchrun` starts the processes and says in the environment who is who (RANK, WORLD_SIZE and so on).
 What the hosts tell each other (errors, requests to stop, file names) goes through a gloo group of its own, so it needs
@@ -27,17 +27,24 @@ T = TypeVar("T")
 STEP_TIMEOUT = timedelta(minutes=10)
 # How long processes may wait for the first one, which alone scores samples and fills token caches.
 HOST_TIMEOUT = timedelta(hours=6)
+# Where the launcher's store says that a process has failed.
+_FAILED = "vrpo/failed"
 
 
 class ProcessError(VrpoError):
     """Another process of the run failed in a way that is not a user's error."""
 
 
+class _OtherFailed(Exception):
+    """Another process has failed, whose error all are about to raise."""
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of a run, seen from one of them; the default is a run of one process.
 
-    ``group`` is the hosts' group, None where there is no launcher. Under a launcher there is one even for one process.
+    ``group`` is the hosts' group and ``store`` the launcher's store, None where there is no launcher. Under a launcher
+    there are both even for one process.
     """
 
     rank: int = 0
@@ -45,6 +52,7 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     group: Any = None
+    store: Any = None
 
     @property
     def first(self) -> bool:
@@ -99,9 +107,17 @@ class World:
         own: Exception | None = None
         try:
             yield
+        except _OtherFailed:
+            pass
         except Exception as error:
             own = error
+            self.store.set(_FAILED, "")
         self._settle(own)
+
+    def stop_if_failed(self) -> None:
+        """End a long block of ``agreed`` at once where another process has failed in its own."""
+        if self.size > 1 and self.store.check([_FAILED]):
+            raise _OtherFailed
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
@@ -111,12 +127,8 @@ class World:
             return
         if not self.first:
             self._settle(None)
-        own: Exception | None = None
-        try:
+        with self.agreed():
             yield
-        except Exception as error:
-            own = error
-        self._settle(own)
         if self.first:
             self._settle(None)
 
@@ -159,8 +171,10 @@ ALONE = World()
 
 
 @contextmanager
-def connect() -> Iterator[World]:
+def connect(patience: timedelta = HOST_TIMEOUT, go_on: str = "go on with --resume") -> Iterator[World]:
     """Join the processes that a launcher started, for the time of the block.
+
+    ``patience`` is how long one may wait for the others, ``go_on`` what to do where one of them is lost.
 
     Raises:
         ConfigError: the launcher's environment is incomplete, or the others do not come.
@@ -179,7 +193,7 @@ def connect() -> Iterator[World]:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = dist.PrefixStore(_name_of_start(store, world), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=STEP_TIMEOUT)
-        group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+        group = dist.new_group(backend="gloo", timeout=patience)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
@@ -188,15 +202,15 @@ def connect() -> Iterator[World]:
         ) from error
     together = True
     try:
-        yield replace(world, group=group)
+        yield replace(world, group=group, store=store)
     except RuntimeError as error:
         together = False
         if not _is_of_connection(error):
             raise
         reason = " ".join(str(error).split())
         raise ProcessError(
-            f"process {world.rank} of {world.size} lost another one ({reason[:200]}): see why that one ended, then go "
-            "on with --resume; torchrun --max-restarts N does so by itself."
+            f"process {world.rank} of {world.size} lost another one ({reason[:200]}): see why that one ended, then "
+            f"{go_on}; torchrun --max-restarts N does so by itself."
         ) from error
     except BaseException as error:
         together = getattr(error, "shared", False)
@@ -259,7 +273,10 @@ def _from_environment(environment: Mapping[str, str]) -> World | None:
         raise ConfigError(
             "RANK, WORLD_SIZE or LOCAL_RANK is not a number: start the processes with torchrun."
         ) from error
-    return World(*numbers)
+    world = World(*numbers)
+    if min(world.size, world.local_size) < 1:
+        raise ConfigError("WORLD_SIZE or LOCAL_WORLD_SIZE is below 1: start the processes with torchrun.")
+    return world
 
 
 _NUMBERS = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))

@@ -134,14 +134,16 @@ def main() -> None:
         go_on(kind, last, folder / f"{kind}-workers")
     for dying in (0, 1):
         out = folder / f"ranks-{dying}"
-        ranks(lambda out=out: make("autoencoder", folder, out), dying)
+        ranks(lambda world, out=out: make("autoencoder", folder, out, world=world), dying)
         record["kills"] += 1
         go_on("autoencoder", -dying, out)
     print(json.dumps(record))
 
 
 def ranks(work: Any, dying: int) -> None:
-    """Run ``work`` as two ranks, kill one of them in the middle, and then the other, as a launcher does."""
+    """Run ``work`` of two processes' world, kill one of them in the middle, and then the other, as a launcher does."""
+    from vrpo.processes import connect
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -154,7 +156,8 @@ def ranks(work: Any, dying: int) -> None:
             try:
                 if rank == dying:
                     Moments(12 if rank == 0 else 6).watch()
-                work()
+                with connect() as world:
+                    work(world)
             finally:
                 os._exit(1)
         children.append(child)

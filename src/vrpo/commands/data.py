@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,9 +13,13 @@ from tyro.conf import Positional
 from vrpo.commands.outputs import check_output, tell
 from vrpo.commands.parse import parse
 from vrpo.config import Count, Positive, Seed
+from vrpo.processes import ALONE, World, connect
 
 if TYPE_CHECKING:
     import torch
+
+# Processes that share a preparation finish far apart where some have no shard left.
+_PATIENCE = timedelta(days=7)
 
 
 @dataclass
@@ -54,44 +58,46 @@ class Prepare:
 
 def prepare(words: list[str]) -> int:
     """Prepare a data set."""
-    options, _ = parse(Prepare, words, "prepare")
+    with connect(_PATIENCE, go_on="run the same command again") as world:
+        with world.agreed():
+            options, _ = parse(Prepare, words, "prepare")
 
-    from vrpo.data.latents import LatentOptions
-    from vrpo.data.prepare import prepare as run_prepare
+            from vrpo.data.latents import LatentOptions
+            from vrpo.data.prepare import prepare as run_prepare
 
-    latents = LatentOptions(
-        autoencoder=options.latents,
-        keep_pixels=options.keep_pixels,
-        normalise=options.normalise,
-        precision=options.precision,
-        device="cpu" if options.latents is None else _device(options.device),
-        batch_size=options.batch_size,
-    )
-    result = run_prepare(
-        options.source,
-        options.out,
-        size=options.size,
-        flip=options.flip,
-        latents=latents,
-        on_bad_image=options.on_bad_image,
-        workers=options.workers,
-        shard_bytes=options.shard_mb * 2**20,
-        max_pixels=options.max_pixels,
-    )
-    if os.environ.get("RANK", "0") == "0":  # of several processes one tells
-        tell(result.summary())
+            latents = LatentOptions(
+                autoencoder=options.latents,
+                keep_pixels=options.keep_pixels,
+                normalise=options.normalise,
+                precision=options.precision,
+                device="cpu" if options.latents is None else _device(options.device, world),
+                batch_size=options.batch_size,
+            )
+        result = run_prepare(
+            options.source,
+            options.out,
+            size=options.size,
+            flip=options.flip,
+            latents=latents,
+            on_bad_image=options.on_bad_image,
+            workers=options.workers,
+            shard_bytes=options.shard_mb * 2**20,
+            max_pixels=options.max_pixels,
+            world=world,
+        )
+        if world.first:
+            tell(result.summary())
     return 0
 
 
-def _device(name: str) -> torch.device:
-    """Return the device of this process; under torchrun each has a GPU of its own."""
+def _device(name: str, world: World = ALONE) -> torch.device:
+    """Return the device of this process; under torchrun each has a GPU of its own, as far as there are."""
     import torch
 
     from vrpo.devices import resolve_device
 
-    local = os.environ.get("LOCAL_RANK")
-    if name == "auto" and local is not None and torch.cuda.is_available():
-        name = f"cuda:{int(local) % torch.cuda.device_count()}"
+    if name == "auto" and world.connected and torch.cuda.is_available():
+        name = f"cuda:{world.local_rank % torch.cuda.device_count()}"
     return resolve_device(name)
 
 

@@ -109,7 +109,7 @@ def sample(words: list[str]) -> int:
     """Draw images."""
     from vrpo.processes import connect, local_device
 
-    with connect() as world:
+    with connect(go_on="run the same command again") as world:
         with world.agreed():
             options, _ = parse(Sample, words, "sample")
 

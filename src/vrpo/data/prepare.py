@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +42,12 @@ from vrpo.data.manifest import (
     read_manifest,
 )
 from vrpo.data.progress import Progress, Reporting
-from vrpo.data.ranks import Ranks, join_ranks
 from vrpo.data.shards import Rows, ShardedDataset, write_atomically, write_shard
 from vrpo.data.sources import Entry, Source, open_source
 from vrpo.data.transforms import MAX_PIXELS
 from vrpo.data.workers import Decoded, decode_in_order, worker_count
 from vrpo.errors import ConfigError, DataError
+from vrpo.processes import ALONE, World
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -123,55 +123,43 @@ def prepare(
     max_pixels: int = MAX_PIXELS,
     progress: bool | Progress = True,
     console: Console | None = None,
+    world: World = ALONE,
 ) -> PrepareResult:
     """Write every image of ``source`` as uint8 (3, size, size), as latents, or as both, to shards in folder ``out``.
 
     A shard holds at most ``shard_bytes`` of rows. ``flip`` tells readers to mirror at random; latents of mirror images
     are then stored too. ``workers`` processes decode (default: one per core; 1 decodes in this process). ``progress``
     is a bar on ``console``, or a function of images done and in all. An interrupted call is continued by the same
-    call; a finished one makes shards again that are missing or cut, and otherwise does nothing. Under ``torchrun`` the
-    processes share the shards, and those of a machine its cores.
+    call; a finished one makes shards again that are missing or cut, and otherwise does nothing. The processes of
+    ``world``, all of which make the same call, share the shards, and those of a machine its cores; each tells the
+    progress of its own part, the first one alone by a bar.
 
     Raises DataError where the source holds nothing readable, where ``out`` holds anything else, at the first
     unreadable image with ``on_bad_image="fail"``, and where the disk is full; finished shards stay valid. Raises
     ConfigError and CheckpointError for an autoencoder that cannot be used.
     """
     started = time.perf_counter()
-    for option, value in (("--size", size), ("--max-pixels", max_pixels), ("--shard-mb", shard_bytes)):
-        if value < 1:
-            raise ConfigError(f"{option} cannot be {value}: it must be at least 1.")
-    if size > MAX_SIZE:
-        raise ConfigError(f"--size {size} is more than can be prepared: give at most {MAX_SIZE:,} pixels.")
-    opened = source if isinstance(source, Source) else open_source(source)
-    folder = Path(out).expanduser()
-    if opened.path.is_dir() and folder.resolve().is_relative_to(opened.path):
-        raise DataError(f"'{folder}' lies inside the source '{opened.path}': choose a folder outside it.")
-    plan = plan_latents(opened, latents or LatentOptions(), size=size, flip=flip, max_pixels=max_pixels)
-    request = Request(
-        version=format_version(plan.record),
-        source=SourceRecord(name=opened.name, kind=opened.kind, listing=_listing(opened)),
-        preprocessing=Preprocessing(size=size, flip="random" if flip else "none", max_pixels=max_pixels),
-        latents=plan.record,
-        rows_per_shard=max(1, shard_bytes // plan.row_bytes),
-    )
-    reporting = Reporting(progress, console)
-    if (folder / MANIFEST).exists():
-        manifest = read_manifest(folder)
-        request.refuse_other(folder, Request.of(manifest))
-        _refuse_bad(manifest.bad, on_bad_image)
-        remove_journals(folder)
-        lost = _lost_shards(folder, manifest)
-        decoded = 0
-        if lost:
-            with disk_errors(folder):
-                remove_unfinished(folder)
-            with join_ranks() as ranks:
-                job = _Job(opened, folder, request, plan, ranks, on_bad_image, workers, reporting)
-                decoded = _make_again(job, lost)
-        manifest = ShardedDataset(folder).manifest
-        return PrepareResult(folder, manifest, time.perf_counter() - started, decoded, 0, True, len(lost))
-    with join_ranks() as ranks:
-        return _prepare(_Job(opened, folder, request, plan, ranks, on_bad_image, workers, reporting), started)
+    with world.agreed():
+        for option, value in (("--size", size), ("--max-pixels", max_pixels), ("--shard-mb", shard_bytes)):
+            if value < 1:
+                raise ConfigError(f"{option} cannot be {value}: it must be at least 1.")
+        if size > MAX_SIZE:
+            raise ConfigError(f"--size {size} is more than can be prepared: give at most {MAX_SIZE:,} pixels.")
+        opened = source if isinstance(source, Source) else open_source(source)
+        folder = Path(out).expanduser()
+        if opened.path.is_dir() and folder.resolve().is_relative_to(opened.path):
+            raise DataError(f"'{folder}' lies inside the source '{opened.path}': choose a folder outside it.")
+        plan = plan_latents(opened, latents or LatentOptions(), size=size, flip=flip, max_pixels=max_pixels)
+        request = Request(
+            version=format_version(plan.record),
+            source=SourceRecord(name=opened.name, kind=opened.kind, listing=_listing(opened)),
+            preprocessing=Preprocessing(size=size, flip="random" if flip else "none", max_pixels=max_pixels),
+            latents=plan.record,
+            rows_per_shard=max(1, shard_bytes // plan.row_bytes),
+        )
+    job = _Job(opened, folder, request, plan, world, on_bad_image, workers, Reporting(progress, console))
+    finished = world.ask_first((folder / MANIFEST).exists)
+    return _complete(job, started) if finished else _prepare(job, started)
 
 
 @dataclass(frozen=True)
@@ -182,7 +170,7 @@ class _Job:
     folder: Path
     request: Request
     plan: LatentPlan
-    ranks: Ranks
+    world: World
     on_bad_image: str
     workers: int | None
     reporting: Reporting
@@ -194,50 +182,61 @@ class _Job:
 
     def own(self, shards: Iterable[int]) -> list[int]:
         """Return those of ``shards`` that this process makes."""
-        return [shard for shard in shards if shard % self.ranks.size == self.ranks.rank]
+        return [shard for shard in shards if shard % self.world.size == self.world.rank]
+
+    def count(self, shards: Iterable[int]) -> int:
+        """Return how many images ``shards`` are made of."""
+        return sum(len(self.entries(shard)) for shard in shards)
 
 
 def _prepare(job: _Job, started: float) -> PrepareResult:
-    folder, request, ranks = job.folder, job.request, job.ranks
-    with disk_errors(folder):
-        if ranks.rank == 0:
-            begin_journal(folder, request)
-        ranks.barrier()
-        finished = read_journals(folder, request)
-    for earlier in finished.values():
-        _refuse_bad(earlier.bad, job.on_bad_image)
-    resumed = len(finished)
-    shards = range(-(-len(job.source.entries) // request.rows_per_shard))
-    mine = job.own(shard for shard in shards if shard not in finished)
-    remaining = sum(len(job.entries(shard)) for shard in shards if shard not in finished)
-    done, share = 0, sum(len(job.entries(shard)) for shard in mine)
-    if ranks.size == 1:
-        done, share = len(job.source.entries) - remaining, len(job.source.entries)
-    for index, shard in _made(job, mine, done, share):
+    folder, request, world = job.folder, job.request, job.world
+
+    def begin() -> None:
         with disk_errors(folder):
-            finished[index] = shard.write(folder, index)
-            append(folder, ranks.rank, request, finished[index])
-    ranks.barrier()
-    with disk_errors(folder):
-        if ranks.rank == 0:
-            told = list(read_journals(folder, request).values()) if ranks.size > 1 else _in_order(finished)
-            manifest = _manifest(job.source, request, job.plan, told)
+            begin_journal(folder, request)
+
+    world.ask_first(begin)
+    with world.agreed():
+        with disk_errors(folder):
+            finished = read_journals(folder, request)
+        for earlier in finished.values():
+            _refuse_bad(earlier.bad, job.on_bad_image)
+    total, resumed = len(job.source.entries), len(finished)
+    missing = [shard for shard in range(-(-total // request.rows_per_shard)) if shard not in finished]
+    mine, remaining = job.own(missing), job.count(missing)
+    done, share = (total - remaining, total) if world.size == 1 else (0, job.count(mine))
+    made: dict[int, Finished] = {}
+    with world.agreed(), closing(_made(job, mine, done, share)) as shards:
+        for index, shard in shards:
+            with disk_errors(folder):
+                made[index] = shard.write(folder, index)
+                append(folder, world.rank, request, made[index])
+    for part in world.gather(made):
+        finished |= part
+
+    def end() -> None:
+        manifest = _manifest(job.source, request, job.plan, [finished[index] for index in sorted(finished)])
+        with disk_errors(folder):
             write_atomically(folder / MANIFEST, [manifest.to_json().encode()])
             remove_journals(folder)
-        ranks.barrier()
+
+    world.ask_first(end)
+    with world.agreed(), disk_errors(folder):
         manifest = ShardedDataset(folder).manifest
     return PrepareResult(folder, manifest, time.perf_counter() - started, remaining, resumed, False)
 
 
-def _made(job: _Job, shards: Sequence[int], done: int, share: int) -> Iterator[tuple[int, _Shard]]:
+def _made(job: _Job, shards: Sequence[int], done: int, share: int) -> Generator[tuple[int, _Shard]]:
     """Decode the images of ``shards`` and yield each with its rows; ``done`` of ``share`` images are there already."""
     plan, parts = job.plan, [job.entries(shard) for shard in shards]
     tasks = [(shard, task) for shard, part in zip(shards, parts, strict=True) for task in _tasks(part, plan.task_bytes)]
-    workers = worker_count(job.workers, [entry for part in parts for entry in part])
+    workers = worker_count(job.workers, [entry for part in parts for entry in part], job.world.local_size)
     decoded = decode_in_order(job.source.opener, [task for _, task in tasks], plan.work, workers)
-    with job.reporting.begin(job.source.name, share, done, job.ranks) as report, closing(decoded):
+    with job.reporting.begin(job.source.name, share, done, job.world) as report, closing(decoded):
         shard = _Shard(len(job.source.class_names), plan)
         for (index, task), result in zip(tasks, decoded, strict=True):
+            job.world.stop_if_failed()
             shard.add(task, result)
             _refuse_bad(shard.bad, job.on_bad_image)
             done += len(task)
@@ -245,6 +244,48 @@ def _made(job: _Job, shards: Sequence[int], done: int, share: int) -> Iterator[t
                 yield index, shard
                 shard = _Shard(len(job.source.class_names), plan)
             report(done, share)
+
+
+def _complete(job: _Job, started: float) -> PrepareResult:
+    """See that a finished data set is the one asked for, and all there."""
+    folder, world = job.folder, job.world
+    with world.agreed():
+        manifest = read_manifest(folder)
+        job.request.refuse_other(folder, Request.of(manifest))
+        _refuse_bad(manifest.bad, job.on_bad_image)
+
+    def find() -> dict[int, ShardRecord]:
+        remove_journals(folder)
+        lost = _lost_shards(folder, manifest)
+        if lost:
+            with disk_errors(folder):
+                remove_unfinished(folder)
+        return lost
+
+    lost = world.ask_first(find)
+    if lost:
+        _make_again(job, lost)
+    with world.agreed():
+        manifest = ShardedDataset(folder).manifest
+    return PrepareResult(folder, manifest, time.perf_counter() - started, job.count(lost), 0, True, len(lost))
+
+
+def _make_again(job: _Job, lost: dict[int, ShardRecord]) -> None:
+    """Make lost shards again.
+
+    Raises DataError for one whose bytes are not what they were.
+    """
+    mine = job.own(lost)
+    with job.world.agreed(), closing(_made(job, mine, 0, job.count(mine))) as shards:
+        for index, shard in shards:
+            with disk_errors(job.folder):
+                made = shard.write(job.folder, index).shard
+            if made != lost[index]:
+                (job.folder / lost[index].file).unlink(missing_ok=True)
+                raise DataError(
+                    f"'{job.folder / lost[index].file}' was lost, and making it again gives other bytes than before, "
+                    "as another device or library does: prepare the source into another folder."
+                )
 
 
 def _lost_shards(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:
@@ -255,29 +296,6 @@ def _lost_shards(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:
         if not file.is_file() or file.stat().st_size != record.bytes:
             found[record.index] = record
     return found
-
-
-def _make_again(job: _Job, lost: dict[int, ShardRecord]) -> int:
-    """Make lost shards again, and return of how many images they are.
-
-    Raises DataError for one whose bytes are not what they were.
-    """
-    mine = job.own(lost)
-    for index, shard in _made(job, mine, 0, sum(len(job.entries(shard)) for shard in mine)):
-        with disk_errors(job.folder):
-            made = shard.write(job.folder, index).shard
-        if made != lost[index]:
-            (job.folder / lost[index].file).unlink(missing_ok=True)
-            raise DataError(
-                f"'{job.folder / lost[index].file}' was lost, and making it again gives other bytes than before, as "
-                "another device or library does: prepare the source into another folder."
-            )
-    job.ranks.barrier()
-    return sum(len(job.entries(shard)) for shard in lost)
-
-
-def _in_order(finished: dict[int, Finished]) -> list[Finished]:
-    return [finished[index] for index in sorted(finished)]
 
 
 class _Shard:

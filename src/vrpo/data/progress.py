@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vrpo.data.ranks import Ranks
+from vrpo.processes import World
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +24,7 @@ class Reporting:
     console: Console | None
 
     @contextmanager
-    def begin(self, name: str, total: int, done: int, ranks: Ranks) -> Iterator[Progress]:
+    def begin(self, name: str, total: int, done: int, world: World) -> Iterator[Progress]:
         """Give the function to call while this process prepares ``total`` images of the source ``name``."""
         if callable(self.progress):
             yield self.progress
@@ -40,7 +40,7 @@ class Reporting:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        share = "" if ranks.size == 1 else f", process 1 of {ranks.size}"
-        with Bar(*columns, console=self.console, disable=not self.progress or ranks.rank > 0) as bar:
+        share = "" if world.size == 1 else f", process 1 of {world.size}"
+        with Bar(*columns, console=self.console, disable=not self.progress or not world.first) as bar:
             task = bar.add_task(f"preparing {name}{share}", total=total, completed=done)
             yield lambda finished, _: bar.update(task, completed=finished)

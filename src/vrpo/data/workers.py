@@ -120,17 +120,17 @@ def decode_in_order(opener: Opener, tasks: Sequence[Sequence[Entry]], work: Work
         ) from error
 
 
-def worker_count(workers: int | None, remaining: Sequence[Entry]) -> int:
+def worker_count(workers: int | None, remaining: Sequence[Entry], sharing: int = 1) -> int:
     """Return ``workers``, or one per core, but one where a few small images are not worth a process.
 
-    The processes that ``torchrun`` starts on a machine share its cores.
+    The cores of a machine are shared by ``sharing`` processes that call this.
     """
     if workers is not None:
         return max(1, workers)
     if sum(entry.size for entry in remaining) < _SMALL_SOURCE:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores // sharing)
 
 
 def _decode_by_processes(
