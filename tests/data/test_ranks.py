@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -163,6 +164,19 @@ def test_torchrun_restarts_after_a_loss_to_the_bytes_of_one(pictures: Path, tmp_
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "killed.done").exists(), "no process was lost"
     assert "shards of an earlier run were kept" in ended.stdout
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+def test_a_lost_process_ends_the_other_with_a_sentence(pictures: Path, tmp_path: Path) -> None:
+    prepare(pictures, tmp_path / "alone", size=128, shard_bytes=1 << 20, workers=1, progress=False)
+    (tmp_path / "killed.py").write_text(KILLED)
+    words = [str(tmp_path / "killed.py"), "prepare", str(pictures), str(tmp_path / "out"), *OPTIONS]
+    (code, _, errors), (killed, *_) = both(words)
+    assert (code, killed) == (2, -signal.SIGKILL)
+    (sentence,) = [line for line in errors.splitlines() if line.startswith("vrpo: ")]
+    assert sentence.startswith("vrpo: process 0 of 2 lost another one (")
+    assert "see why that one ended, then run the same command again; torchrun --max-restarts N" in sentence
+    assert [code for code, *_ in both(words)] == [0, 0]
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
 
 
