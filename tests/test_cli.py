@@ -6,9 +6,12 @@ import errno
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from vrpo.cli import COMMANDS, main
 from vrpo.config_load import parser_words
@@ -78,6 +81,10 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
         ("demo --objectives", "--objectives has no value: give at least one."),
         ("demo --minutes inf", "--minutes cannot be inf"),
         ("train --resum", "there is no option '--resum': did you mean '--resume'?"),
+        ("train --resume auto --out nowhere", "there is no run at nowhere: begin one with --preset or --config"),
+        ("train --resume=auto --out nowhere", "there is no run at nowhere"),
+        ("train --resume maybe", "'maybe' was not expected"),
+        ("train --resume auto auto", "'auto' was not expected"),
         ("train --otu x", "there is no option '--otu': did you mean '--out'?"),
         ("train --train.images inf", "train.images cannot be 'inf': write a count"),
         ("train --train.images 1.5", "train.images cannot be '1.5': write a count"),
@@ -230,6 +237,25 @@ def test_interruption_is_told_by_the_first_process_alone(
         assert (code, "interrupted" in err) == (130, said)
 
 
+@pytest.mark.parametrize(
+    ("spent", "reason"),
+    [
+        (lambda: torch.empty(10**15), "DefaultCPUAllocator: can't allocate memory"),
+        (lambda: np.empty(10**15), "Unable to allocate"),
+        (lambda: [0] * 10**18, "the machine has no more"),
+    ],
+)
+def test_memory_that_runs_out_is_one_sentence(
+    spent: Callable[[], object], reason: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vrpo.commands.training.train", lambda words: spent())
+    code, _, err = run(["train"], capsys)
+    assert code == 2
+    assert err.startswith("vrpo: memory ran out (")
+    assert reason in err
+    assert err.endswith("): use smaller batches, and see `vrpo plan`.\n")
+
+
 def test_python_minus_m() -> None:
     done = subprocess.run([sys.executable, "-m", "vrpo", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("vrpo ")
@@ -237,7 +263,6 @@ def test_python_minus_m() -> None:
 
 def test_from_images_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Prepare, fit, train two objectives, sample, evaluate, compare: by the commands alone."""
-    import numpy as np
     from PIL import Image
 
     generator = np.random.default_rng(0)

@@ -81,7 +81,19 @@ def main(words: Sequence[str] | None = None) -> None:
         if not getattr(error, "silent", False):
             print(f"vrpo: {printable(_os_sentence(error))}", file=sys.stderr)
         code = VrpoError.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if not _is_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200].rstrip(".") or "the machine has no more"
+        print(f"vrpo: memory ran out ({printable(reason)}): use smaller batches, and see `vrpo plan`.", file=sys.stderr)
+        code = VrpoError.exit_code
     sys.exit(code)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, of the machine or a GPU; torch's errors are told by name, for it loads slowly."""
+    named = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or named
 
 
 def _os_sentence(error: OSError) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ def write_text(path: Path, text: str) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Give the path of a hidden file that takes the name ``path`` when the block ends, and goes when it fails.
 
-    When the name is there, so is the content, also after a loss of power.
+    When the name is there, so is the content, also after a loss of power. An error of the system names ``path``.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -41,6 +42,11 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except OSError as error:
+        # A disk that is full says so of a write, which knows of no name.
+        if error.errno is not None and error.filename in (None, str(temporary)):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -66,13 +72,34 @@ def sync_folder(folder: Path) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], *, seal: bool = False) -> None:
-    """Write tensors to a safetensors file, with their hash in it on ``seal``, and wait until it is on disk."""
-    from safetensors.torch import save_file
+    """Write tensors to a safetensors file, with their hash in it on ``seal``, and wait until it is on disk.
 
+    Raises:
+        OSError: no space is left, or it cannot be written there.
+    """
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    save_file(plain, path, {"seal": tensors_hash(plain)} if seal else None)
+    write_safetensors(path, plain, {"seal": tensors_hash(plain)} if seal else None)
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write contiguous tensors in main memory to a safetensors file.
+
+    Raises:
+        OSError: no space is left, or it cannot be written there.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        # The library's own error holds that of the system as text.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -18,6 +18,7 @@ FREE_KEYS = (
     "train.parallel",
     "train.shard_size",
     "train.keep_checkpoints",
+    "train.stop_after_bad",
 )
 FREE_ENDINGS = ("_every",)
 ENCODER_WEIGHTS = re.compile(r"(encoder|more_encoders\.\d+)\.weights")

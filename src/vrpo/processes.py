@@ -205,7 +205,7 @@ def connect(patience: timedelta = HOST_TIMEOUT, go_on: str = "go on with --resum
         yield replace(world, group=group, store=store)
     except RuntimeError as error:
         together = False
-        if not _is_of_connection(error):
+        if not is_of_connection(error):
             raise
         reason = " ".join(str(error).split())
         raise ProcessError(
@@ -251,7 +251,7 @@ def _name_of_start(store: Any, world: World) -> str:
     return word
 
 
-def _is_of_connection(error: RuntimeError) -> bool:
+def is_of_connection(error: RuntimeError) -> bool:
     """Return whether an error says that another process is gone; gloo's have no type of their own."""
     import torch.distributed as dist
 

@@ -171,21 +171,28 @@ def test_no_more_than_prefetch_batches_are_read_ahead():
     batches.close()
 
 
-def test_an_error_in_the_thread_reaches_the_consumer_with_the_batch():
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError("the disk is gone"), r"\(OSError: the disk is gone\): check the data with `vrpo data verify`"),
+        (MemoryError(), r"\(memory ran out\): go on with --resume and a smaller --data.prefetch"),
+    ],
+)
+def test_an_error_in_the_thread_reaches_the_consumer_with_the_batch(error, told):
     class Failing(Rows):
         reads = 0
 
         def read(self, indices):
             self.reads += 1
             if self.reads == 3:
-                raise OSError("the disk is gone")
+                raise error
             return super().read(indices)
 
     batches = Loader(Failing(20), 4, 0, False).batches(7)
     assert [next(batches).step, next(batches).step] == [7, 8]
-    with pytest.raises(DataError, match=r"data thread failed at batch 9 of the data .*the disk is gone") as caught:
+    with pytest.raises(DataError, match=r"data thread failed at batch 9 of the data " + told) as caught:
         next(batches)
-    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__ is error
     assert loader_threads() == 0
 
 

@@ -130,3 +130,31 @@ def train_spoiled(config: dict[str, Any], folder: Path) -> tuple[str, bool, str,
             told, silent = str(error), error.silent
         after = trainer.parts.trunk.parameters()
         return told, silent, key, all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def train_told(config: dict[str, Any], folder: Path, resume: bool, what: str, images: int) -> tuple[str, int, int]:
+    """Train or go on, where the second process is told to stop while ``what`` is measured at ``images`` images.
+
+    Returns how it ended, after how many images, and how many batches were measured at that number of images.
+    """
+    from vrpo.config_load import validate
+    from vrpo.processes import connect
+    from vrpo.training.trainer import Trainer
+
+    with connect() as world:
+        run = Trainer(validate(config, "the test"), folder, resume=resume, say=lambda _: None, world=world)
+        place: Any = run.observer._validation if what == "validation" else run.observer._sampler
+        name = "_measure" if what == "validation" else "_group"
+        measure, calls = getattr(place, name), 0
+
+        def told(*arguments: Any) -> Any:
+            nonlocal calls
+            if run.images == images:
+                calls += 1
+                if calls == 1 and world.rank == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return measure(*arguments)
+
+        setattr(place, name, told)
+        result = run.train()
+        return result.status, result.images, calls

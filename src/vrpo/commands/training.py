@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +31,7 @@ class Train:
     out: Path | None = None
     """Folder of the run; default runs/NAME-seed-SEED."""
     resume: bool = False
-    """Go on with the run in --out."""
+    """Go on with the run in --out; --resume auto is the same."""
     rewind: Annotated[int, Field(ge=0)] | None = None
     """With --resume: go back to the newest checkpoint of at most this many images, past the data read since."""
     plugin: tuple[Path, ...] = ()
@@ -81,7 +82,7 @@ def _read(words: list[str]) -> tuple[Train, RunConfig, Path]:
     """Return the options, the configuration and the run's folder that the words ask for."""
     from vrpo.config_load import build_config, load_file, load_preset, merge
 
-    options, rest = parse(Train, words, "train", rest=True)
+    options, rest = parse(Train, list(_without_auto(words)), "train", rest=True)
     if options.preset is not None and options.config is not None:
         raise ConfigError("give --preset or --config, not both: they are two starting points.")
     if options.rewind is not None and not options.resume:
@@ -94,6 +95,10 @@ def _read(words: list[str]) -> tuple[Train, RunConfig, Path]:
     elif options.config is not None:
         where, values = str(options.config), load_file(options.config)
     elif options.resume and options.out is not None:
+        if not (options.out / "config.yaml").is_file():
+            raise ConfigError(
+                f"there is no run at {options.out}: begin one with --preset or --config, or correct --out."
+            )
         where = str(options.out / "config.yaml")
         values = load_file(options.out / "config.yaml", sealed=True)
     if options.data is not None:
@@ -101,6 +106,15 @@ def _read(words: list[str]) -> tuple[Train, RunConfig, Path]:
     config = build_config(values, rest, where, option_names(Train)).with_absolute_paths()
     out = options.out or Path("runs") / f"{config.name}-seed-{config.seed}"
     return options, config, out
+
+
+def _without_auto(words: list[str]) -> Iterator[str]:
+    """Yield the words with ``--resume auto``, as other trainers have it, for ``--resume``."""
+    for before, word in zip(["", *words], words, strict=False):
+        if word == "--resume=auto":
+            yield "--resume"
+        elif (before, word) != ("--resume", "auto"):
+            yield word
 
 
 def _run_plugin(file: Path) -> None:

@@ -237,13 +237,16 @@ class Loader:
                 ready.put(self.batch(step))
                 step += 1
             ready.put(None)
-        except (VrpoError, MemoryError) as error:
+        except VrpoError as error:
             ready.put(error)
         except BaseException as error:  # whatever it is, the consumer must hear of it
             reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+            remedy = "check the data with `vrpo data verify`, then go on with --resume."
+            if isinstance(error, MemoryError):
+                reason, remedy = "memory ran out", "go on with --resume and a smaller --data.prefetch."
             told = DataError(
                 f"the data thread failed at batch {step} of {getattr(self.dataset, 'path', 'the data')} ({reason}): "
-                "check the data with `vrpo data verify`, then go on with --resume."
+                f"{remedy}"
             )
             told.__cause__ = error
             ready.put(told)

@@ -9,9 +9,11 @@ import multiprocessing
 import os
 import signal
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from typing import cast
 
 import numpy as np
@@ -23,6 +25,7 @@ from vrpo.errors import DataError
 
 _RESULTS_PER_WORKER = 4
 _SMALL_SOURCE = 8 << 20
+_FEWER = "repeat with fewer --workers than {}, or a smaller --max-pixels; finished shards are kept."
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def decode_entries(opener: Opener, entries: Sequence[Entry], work: Work) -> Deco
 def decode_in_order(opener: Opener, tasks: Sequence[Sequence[Entry]], work: Work, workers: int) -> Generator[Decoded]:
     """Yield the results of ``tasks`` in their order, from ``workers`` processes, or from this one where 1.
 
-    Raises DataError where a worker is killed or memory runs out.
+    Raises DataError where memory runs out or a worker is lost, which is named with what it was decoding.
     """
     try:
         if workers <= 1:
@@ -113,11 +116,8 @@ def decode_in_order(opener: Opener, tasks: Sequence[Sequence[Entry]], work: Work
                     yield decode_entries(opener, task, work)
         else:
             yield from _decode_by_processes(opener, tasks, work, min(workers, len(tasks)))
-    except (EOFError, ConnectionError, MemoryError) as error:
-        raise DataError(
-            "decoding ran out of memory or lost a worker process: repeat with fewer --workers than "
-            f"{workers}; finished shards are kept."
-        ) from error
+    except MemoryError as error:
+        raise DataError(f"decoding ran out of memory: {_FEWER.format(workers)}") from error
 
 
 def worker_count(workers: int | None, remaining: Sequence[Entry], sharing: int = 1) -> int:
@@ -138,7 +138,7 @@ def _decode_by_processes(
 ) -> Generator[Decoded]:
     # A forked copy of a process with threads (torch, a progress bar) may deadlock; a spawned one starts afresh.
     context = multiprocessing.get_context("spawn")
-    processes = []
+    processes: dict[Connection, SpawnProcess] = {}
     working: dict[Connection, int] = {}
     idle: list[Connection] = []
     results: dict[int, Decoded] = {}
@@ -149,17 +149,19 @@ def _decode_by_processes(
             process = context.Process(target=_serve, args=(theirs, opener, work), daemon=True)
             process.start()
             theirs.close()  # so that the end of the worker is the end of the stream
-            processes.append(process)
+            processes[ours] = process
             idle.append(ours)
         while received < len(tasks):
             # A worker gets a task only while it listens, so neither side can block the other.
             while idle and sent < min(len(tasks), received + workers * _RESULTS_PER_WORKER):
                 connection = idle.pop()
-                connection.send(tasks[sent])
                 working[connection] = sent
+                with _losing(processes[connection], tasks[sent], workers):
+                    connection.send(tasks[sent])
                 sent += 1
             for ready in cast("list[Connection]", wait(list(working))):
-                answer = ready.recv()
+                with _losing(processes[ready], tasks[working[ready]], workers):
+                    answer = ready.recv()
                 if isinstance(answer, Exception):
                     raise answer
                 results[working.pop(ready)] = answer
@@ -168,10 +170,28 @@ def _decode_by_processes(
                 yield results.pop(received)
                 received += 1
     finally:
-        for process in processes:
+        for process in processes.values():
             process.terminate()
-        for process in processes:
+        for process in processes.values():
             process.join()
+
+
+@contextmanager
+def _losing(process: SpawnProcess, task: Sequence[Entry], workers: int) -> Iterator[None]:
+    """Raise DataError where the worker that was given ``task`` is found to be gone."""
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
+        process.join(5)
+        code = process.exitcode or 0
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        if code == -signal.SIGKILL:
+            how += ", as the system does where memory runs out,"
+        more = f" to '{task[-1].key}'" if len(task) > 1 else ""
+        raise DataError(
+            f"decoding process {process.pid}, one of {workers}, {how} at '{task[0].key}'{more}: "
+            f"{_FEWER.format(workers)}"
+        ) from error
 
 
 def _serve(connection: Connection, opener: Opener, work: Work) -> None:

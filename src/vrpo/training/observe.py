@@ -26,8 +26,15 @@ from vrpo.vision.autoencoders import Decoder, Pixels
 Work = Callable[[], dict[str, Any]]
 
 
+class BrokenOffError(Exception):
+    """A run is asked to stop while it measures or draws; the processes break off at the same batch."""
+
+
 class Observer:
-    """Held-out losses, sample grids and small evaluations of a run's averaged weights."""
+    """Held-out losses, sample grids and small evaluations of a run's averaged weights.
+
+    ``go_on`` is called after every batch, equally often by all processes, and may raise ``BrokenOffError``.
+    """
 
     def __init__(self, parts: Parts, averaged: DiffusionTransformer, run: Path, world: World) -> None:
         """Load what the configuration asks for.
@@ -37,6 +44,7 @@ class Observer:
         """
         config, device = parts.config, parts.device
         self._parts, self._averaged, self._run, self._world = parts, averaged, run, world
+        self.go_on: Callable[[], None] = _go_on
         self._sampler = ImageSampler(averaged, config, device=device, decoder=_decoder(parts))
         self._validation: Validation | None = None
         if parts.held_out is not None:
@@ -70,10 +78,11 @@ class Observer:
 
     def _validate(self) -> dict[str, Any]:
         assert self._validation is not None
-        return self._validation(self._averaged, self._parts.trunk, self._parts.objective)
+        return self._validation(self._averaged, self._parts.trunk, self._parts.objective, self.go_on)
 
     def _save_grid(self, images: int) -> dict[str, Any]:
-        return save_grid(self._sampler, self._run / "samples", images, self._parts.num_classes, self._world)
+        folder = self._run / "samples"
+        return save_grid(self._sampler, folder, images, self._parts.num_classes, self._world, self.go_on)
 
     def _build_scorer(self) -> Work | None:
         parts, config = self._parts, self._parts.config
@@ -86,7 +95,12 @@ class Observer:
             if parts.held_out is None:
                 raise ConfigError("evaluate.reference is validation, but data.validation is not set: give that folder.")
             reference = parts.held_out
-        return Scorer(config, self._sampler, reference, parts.num_classes, parts.device, self._world)
+        scorer = Scorer(config, self._sampler, reference, parts.num_classes, parts.device, self._world)
+        return lambda: scorer(self.go_on)
+
+
+def _go_on() -> None:
+    """Let everything be measured to its end."""
 
 
 def _decoder(parts: Parts) -> Decoder:
@@ -99,23 +113,34 @@ def _decoder(parts: Parts) -> Decoder:
 
 
 def draw_together(
-    sampler: ImageSampler, indices: Sequence[int], labels: Tensor | None, seed: int, world: World
+    sampler: ImageSampler,
+    indices: Sequence[int],
+    labels: Tensor | None,
+    seed: int,
+    world: World,
+    go_on: Callable[[], None] = _go_on,
 ) -> Tensor:
     """Return what ``sampler.images`` returns, drawn batch by batch by all processes."""
     if world.size == 1:
-        return sampler.images(indices, labels, seed)
+        return torch.cat(list(sampler.batches(indices, labels, seed, lambda done: go_on())))
     size = sampler.compute_batch
     starts = range(0, len(indices), size)
     drawn: dict[int, Tensor] = {}
     for mine in world.divided(len(starts)):
         part = slice(starts[mine], starts[mine] + size)
         drawn[part.start] = sampler.images(indices[part], None if labels is None else labels[part], seed)
+        go_on()
     everything = {start: images for part in world.gather(drawn) for start, images in part.items()}
     return torch.cat([everything[start] for start in starts])
 
 
 def save_grid(
-    sampler: ImageSampler, folder: Path, images_seen: int, num_classes: int, world: World = ALONE
+    sampler: ImageSampler,
+    folder: Path,
+    images_seen: int,
+    num_classes: int,
+    world: World = ALONE,
+    go_on: Callable[[], None] = _go_on,
 ) -> dict[str, Any]:
     """Draw a grid from the same noise and labels at every visit, save it as PNG, and return its record."""
     from PIL import Image
@@ -126,7 +151,7 @@ def save_grid(
     labels = None
     if num_classes:
         labels = torch.tensor([(index % settings.columns) % num_classes for index in indices])
-    pixels = draw_together(sampler, indices, labels, sampler.config.seed, world)
+    pixels = draw_together(sampler, indices, labels, sampler.config.seed, world, go_on)
     file = folder / f"{images_seen:012d}.png"
 
     def write() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,12 +47,12 @@ class Scorer:
         chosen_metrics(settings.metrics, self._network)
         self._reference = load_reference(reference, self._network)
 
-    def __call__(self) -> dict[str, Any]:
-        """Return metrics and protocol of the current averaged weights."""
+    def __call__(self, go_on: Callable[[], None]) -> dict[str, Any]:
+        """Return metrics and protocol of the current averaged weights; ``go_on`` is called after every batch drawn."""
         config = self._config
         indices = range(config.evaluate.samples)
         labels = sample_labels(indices, self._num_classes, config.evaluate.labels, config.seed)
-        images = draw_together(self._sampler, indices, labels, config.seed, self._world)
+        images = draw_together(self._sampler, indices, labels, config.seed, self._world, go_on)
         return self._world.ask_first(lambda: self._score(images))
 
     def _score(self, images: Tensor) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -11,7 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vrpo.processes import World
+from vrpo.processes import ProcessError, World, is_of_connection
+
+# How long a step's request to stop may take: less than its gradients, for NCCL ends a process that waits too long for
+# those without a word of ours.
+SIGNAL_TIMEOUT = timedelta(minutes=9)
 
 
 class StopRequest:
@@ -52,13 +57,25 @@ class SharedSignal:
         self._pending: tuple[Any, Tensor] | None = None
 
     def agree(self, number: int | None) -> int | None:
-        """Tell this process's signal and return the one that all know of, or None."""
+        """Tell this process's signal and return the one that all know of, or None.
+
+        Raises:
+            ProcessError: another process does not answer.
+        """
         if self._world.size == 1:
             return number
         answer = None
         if self._pending is not None:
             work, flag = self._pending
-            work.wait()
+            try:
+                work.wait(SIGNAL_TIMEOUT)
+            except RuntimeError as error:
+                if is_of_connection(error):
+                    raise
+                raise ProcessError(
+                    f"process {self._world.rank} of {self._world.size} has waited {SIGNAL_TIMEOUT.total_seconds():.0f} "
+                    "s for another one, which hangs: see what that one does, end it, then go on with --resume."
+                ) from error
             answer = int(flag.item()) or None
         flag = torch.tensor([number or 0], dtype=torch.int64)
         work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._world.group, async_op=True)

@@ -21,7 +21,7 @@ from vrpo.processes import ALONE, World
 from vrpo.training.ema import Ema
 from vrpo.training.folder import begin_folder, claim_folder, open_journal, write_facts
 from vrpo.training.latents import CleanLatents
-from vrpo.training.observe import Observer
+from vrpo.training.observe import BrokenOffError, Observer
 from vrpo.training.optim import Optimizer
 from vrpo.training.parallel import Parallel
 from vrpo.training.setup import Parts, build_parts, idle_settings
@@ -163,8 +163,15 @@ class Trainer:
         journal = open_journal(self.run, self.images, self.world, self.say)
         shared = SharedSignal(self.world)
         batches = self.loader.batches(self.counters.position, steps + self.counters.passed)
+        finished = False
         self.parts.trunk.train()
         with StopRequest() as stop, closing(journal), closing(batches):
+
+            def go_on() -> None:
+                if shared.agree(stop.signal) is not None:
+                    raise BrokenOffError
+
+            self.observer.go_on = go_on
             try:
                 # A run stopped at a step where something was due has not done it yet.
                 self._observe(journal, first=self.step == 0)
@@ -179,12 +186,16 @@ class Trainer:
                         self._log(journal)
                     if last:
                         break
-                    self._observe(journal)
+                    # Before anything is measured, which may take long and must not cost what was trained.
                     if self._due(train.checkpoint_every):
                         self._pause(self.save)
-                finished = self.step >= steps
-                if finished:
+                    self._observe(journal)
+                if self.step >= steps:
+                    self.save()
                     self._observe(journal, last=True)
+                    finished = True
+            except BrokenOffError:
+                pass  # what was broken off is due when the run goes on
             except (EvaluationError, ConfigError, DataError, OSError) as error:
                 if self.world.size == 1 or getattr(error, "shared", False):
                     self.save()  # what went wrong beside training must not cost what was trained

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -55,17 +56,22 @@ class Validation:
 
     @torch.no_grad()
     def __call__(
-        self, averaged: DiffusionTransformer, trunk: DiffusionTransformer, objective: Objective
+        self,
+        averaged: DiffusionTransformer,
+        trunk: DiffusionTransformer,
+        objective: Objective,
+        go_on: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
         """Return the held-out denoising loss of the averaged weights and the alignment of the trained ones.
 
-        What is not finite is None.
+        What is not finite is None. ``go_on`` is called after every batch, equally often by all processes.
         """
         starts = range(0, len(self.rows), VALIDATION_BATCH)
         found: dict[int, tuple[Tensor, float | None]] = {}
         for mine in self.world.divided(len(starts)):
             start = starts[mine]
             found[start] = self._measure(start, averaged, trunk, objective)
+            go_on()
         # In the order of the batches, whoever measured them.
         everything = {start: values for part in self.world.gather(found) for start, values in part.items()}
         losses = torch.cat([everything[start][0] for start in starts])
