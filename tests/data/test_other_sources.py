@@ -86,6 +86,32 @@ def test_a_plain_tar_has_class_folders(files: list[bytes], tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    ("archives", "classes"),
+    [
+        ({"n01440764": ["1.png", "2.png"], "n01443537": ["1.png"], "n02102040": ["3.png"]}, [0, 0, 1, 2]),
+        ({"cat": ["images/1.png"], "dog": ["images/1.png", "images/2.png"]}, [0, 1, 1]),
+        ({"train-00007": ["1.png", "2.png"], "train-00008": ["1.png"], "train-00009": ["2.png"]}, None),
+        ({"set-8": ["1.png"], "set-9": ["1.png"], "set-10": ["1.png"]}, None),
+        ({"set-0": ["cat/1.png", "dog/1.png"], "set-1": ["cat/2.png", "dog/2.png"]}, [0, 1, 0, 1]),
+        ({"set-0": ["cat/1.png"], "set-1": ["dog/1.png"]}, [0, 1]),
+        ({"a": ["set/cat/1.png", "set/dog/1.png"], "b": ["set/dog/2.png"]}, [0, 1, 1]),
+    ],
+)
+def test_archives_are_classes_or_shards(
+    files: list[bytes], tmp_path: Path, archives: dict[str, list[str]], classes: list[int] | None
+) -> None:
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    for name, members in archives.items():
+        write_tar(folder / f"{name}.tar", dict.fromkeys(members, files[0]))
+    source = open_source(folder)
+    assert len(source.entries) == sum(map(len, archives.values()))
+    assert [entry.label for entry in source.entries] == (classes or [None] * len(source.entries))
+    assert bool(source.class_names) is (classes is not None)
+    assert not any(name.startswith(("set", "train")) for name in source.class_names)
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"02.cls": None}, "has an image '02.png' without a label '02.cls'"),

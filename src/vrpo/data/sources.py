@@ -266,15 +266,19 @@ def unsafe_name(name: str) -> str | None:
     return "a name with '..'" if ".." in name.split("/") else None
 
 
-def arrange(kind: str, path: Path, files: list[ListedFile], ignored: Counter[str], opener: Opener) -> Source:
-    """Return the source of ``files``, whose classes are their folders; raises DataError for an ambiguous layout."""
+def arrange(
+    kind: str, path: Path, files: list[ListedFile], ignored: Counter[str], opener: Opener, *, depth: int = 0
+) -> Source:
+    """Return the source of ``files``, whose classes are their folders, those of the first ``depth`` levels excepted.
+
+    Raises DataError for an ambiguous layout.
+    """
     if not files:
         raise DataError(_nothing_found(path, ignored))
     files.sort(key=lambda file: file.key.encode())
     parents = (file.key.rpartition("/")[0] for file in files)
     known: dict[str, list[str]] = {}  # one list a folder, not one a file
     folders = [known.setdefault(parent, parent.split("/") if parent else []) for parent in parents]
-    depth = 0
     # A folder that wraps everything is no class, as long as there are folders within it.
     while all(len(f) > depth and f[depth] == folders[0][depth] for f in folders) and any(
         len(f) > depth + 1 for f in folders

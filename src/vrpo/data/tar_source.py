@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -74,7 +75,9 @@ def open_tar(path: Path) -> Source:
     """List the images of a tar archive, or of all those in a folder.
 
     A file's key is its name up to the first dot. A number in ``KEY.cls``, or ``label`` in ``KEY.json``, is its class;
-    without any such file, folders are classes. Raises DataError where an image and its label do not find each other.
+    without any such file, folders are classes. Several archives of one folder each are a class each, as ImageNet's are,
+    unless their names are a running number, as of shards. Raises DataError where an image and its label do not find
+    each other.
     """
     paths = [path] if path.is_file() else _shards(path)
     listing = _Listing()
@@ -84,7 +87,7 @@ def open_tar(path: Path) -> Source:
     samples, opener = listing.samples, TarOpener(paths)
     files = [sample.image for sample in samples.values() if sample.image is not None]
     if not any(sample.label_file for sample in samples.values()):
-        return arrange("tar", path, files, listing.ignored, opener)
+        return arrange("tar", path, files, listing.ignored, opener, depth=int(_are_shards(paths, files)))
     for key, sample in samples.items():
         if sample.image is None:
             raise DataError(f"'{path}' has a label '{sample.label_file}' without an image '{key}': pack them together.")
@@ -97,6 +100,22 @@ def open_tar(path: Path) -> Source:
     ordered = sorted(samples, key=str.encode)
     entries = [cast(ListedFile, samples[key].image).entry(numbers[key]) for key in ordered]
     return Source("tar", path, names, entries, listing.ignored.total(), opener)
+
+
+def _are_shards(paths: Sequence[Path], files: Sequence[ListedFile]) -> bool:
+    """Whether several archives, each the first folder of its files' keys, are parts of one set and not classes."""
+    if len(paths) == 1:
+        return False
+    parents: dict[str, set[str]] = {}
+    for file in files:
+        archive, _, name = file.key.partition("/")
+        parents.setdefault(archive, set()).add(name.rpartition("/")[0])
+    if max(map(len, parents.values()), default=0) > 1:
+        return True
+    told = [re.fullmatch(r"(.*?)(\d+)(\D*)", file.stem) for file in paths]
+    numbers = sorted(int(name[2]) for name in told if name is not None)
+    around = {(name[1], name[3]) for name in told if name is not None}
+    return len(around) == 1 and numbers == list(range(numbers[0], numbers[0] + len(paths)))
 
 
 def _shards(folder: Path) -> list[Path]:
