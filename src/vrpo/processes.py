@@ -178,7 +178,7 @@ def connect(patience: timedelta = HOST_TIMEOUT, go_on: str = "go on with --resum
 
     Raises:
         ConfigError: the launcher's environment is incomplete, or the others do not come.
-        ProcessError: one of them is lost.
+        ProcessError: one of them is lost, or hangs.
     """
     world = _from_environment(os.environ)
     if world is None:
@@ -205,12 +205,14 @@ def connect(patience: timedelta = HOST_TIMEOUT, go_on: str = "go on with --resum
         yield replace(world, group=group, store=store)
     except RuntimeError as error:
         together = False
-        if not is_of_connection(error):
+        if not _is_of_connection(error):
             raise
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:200]
+        found = f"lost another one ({reason}): see why that one ended"
+        if "Timed out" in reason:
+            found = f"has waited in vain for another one, which hangs ({reason}): see what that one does, end it"
         raise ProcessError(
-            f"process {world.rank} of {world.size} lost another one ({reason[:200]}): see why that one ended, then "
-            f"{go_on}; torchrun --max-restarts N does so by itself."
+            f"process {world.rank} of {world.size} {found}, then {go_on}; torchrun --max-restarts N does so by itself."
         ) from error
     except BaseException as error:
         together = getattr(error, "shared", False)
@@ -251,8 +253,8 @@ def _name_of_start(store: Any, world: World) -> str:
     return word
 
 
-def is_of_connection(error: RuntimeError) -> bool:
-    """Return whether an error says that another process is gone; gloo's have no type of their own."""
+def _is_of_connection(error: RuntimeError) -> bool:
+    """Return whether an error says that another process is gone or silent; gloo's have no type of their own."""
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)

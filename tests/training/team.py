@@ -158,3 +158,32 @@ def train_told(config: dict[str, Any], folder: Path, resume: bool, what: str, im
         setattr(place, name, told)
         result = run.train()
         return result.status, result.images, calls
+
+
+def wait_for_silence() -> tuple[str, float]:
+    """Ask the second process, which does not answer, whether to stop; return what is told of that, and the seconds."""
+    import time
+    from datetime import timedelta
+
+    from vrpo.errors import VrpoError
+    from vrpo.processes import connect
+    from vrpo.training import stop
+
+    begin = time.monotonic()
+    patience, stop.SIGNAL_TIMEOUT = stop.SIGNAL_TIMEOUT, timedelta(seconds=1)
+    try:
+        with connect() as world:
+            if not world.first:
+                world.store.wait(["told"], timedelta(seconds=60))
+                return "silent", 0.0
+            signals = stop.SharedSignal(world)
+            try:
+                for _ in range(2):
+                    signals.agree(None)
+            finally:
+                world.store.set("told", "")
+        return "answered", 0.0
+    except VrpoError as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - begin
+    finally:
+        stop.SIGNAL_TIMEOUT = patience

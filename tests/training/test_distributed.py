@@ -187,3 +187,10 @@ def test_a_refusal_is_one_sentence(team: Team, make_config: Any, tmp_path: Path)
     assert len({status for status, *_ in answers}) == 1
     assert "batch_size 9 does not divide among 2 processes" in answers[0][0]
     assert [silent for _, _, silent, _ in answers] == [False, True]
+
+
+def test_a_process_that_does_not_answer_is_waited_for_so_long_and_no_longer(team: Team) -> None:
+    (told, seconds), (silent, _) = team.run(2, team_module.wait_for_silence)
+    assert told.startswith("ProcessError: process 0 of 2 has waited in vain for another one, which hangs (")
+    assert seconds >= 1
+    assert silent == "silent"

@@ -17,31 +17,43 @@ from vrpo.checkpoints import find_checkpoints
 from vrpo.config_load import to_yaml
 from vrpo.runs import Run
 
-# Process 1 kills itself in the middle of its tenth step, once.
-KILLER = """
+# Process 1 sends itself a signal in the middle of its tenth step, once.
+FATE = """
 import os, pathlib, signal
+from datetime import timedelta
+from vrpo.training import stop
 from vrpo.training.trainer import Trainer
 
 step, mark = Trainer._train_step, pathlib.Path(__file__).with_suffix(".done")
 
 def deadly(self, batch):
-    if self.step == 9 and self.world.rank == 1 and not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+    if self.step == 9 and not mark.exists():
+        stop.SIGNAL_TIMEOUT = timedelta(seconds=1)
+        if self.world.rank == 1:
+            mark.touch()
+            os.kill(os.getpid(), signal.{signal})
     step(self, batch)
 
 Trainer._train_step = deadly
 """
-SOON = 600
+# The command, but the gradients are waited for half a minute.
+IMPATIENT = """
+from datetime import timedelta
+from vrpo import cli, processes
+
+processes.STEP_TIMEOUT = timedelta(seconds=30)
+cli.main()
+"""
+SOON = 200
 
 
-@pytest.fixture
-def words(make_config: Any, tmp_path: Path) -> list[str]:
-    """Return a training command with a process that is lost."""
+@pytest.fixture(params=["SIGKILL"])
+def words(make_config: Any, tmp_path: Path, request: pytest.FixtureRequest) -> list[str]:
+    """Return a training command with a process that is lost, by a signal."""
     config = make_config(align={"objective": "vrpo"}, train={"checkpoint_every": 24, "keep_checkpoints": 9})
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    (tmp_path / "killer.py").write_text(KILLER)
-    return ["train", "--config", str(tmp_path / "config.yaml"), "--plugin", str(tmp_path / "killer.py")]
+    (tmp_path / "fate.py").write_text(FATE.format(signal=request.param))
+    return ["train", "--config", str(tmp_path / "config.yaml"), "--plugin", str(tmp_path / "fate.py")]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -54,12 +66,18 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
-def test_a_lost_process_ends_the_others_with_a_sentence(words: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "how"),
+    [("SIGKILL", "lost another one ("), ("SIGSTOP", "has waited in vain for another one, which hangs (")],
+    indirect=["words"],
+    ids=["killed", "hangs"],
+)
+def test_a_lost_process_ends_the_others_with_a_sentence(words: list[str], how: str, tmp_path: Path) -> None:
     # Without a launcher, which would end the others itself.
     port = str(free_port())
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "vrpo", *words, "--out", str(tmp_path / "run")],
+            [sys.executable, "-c", IMPATIENT, *words, "--out", str(tmp_path / "run")],
             env=environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
             stderr=subprocess.PIPE,
             text=True,
@@ -74,7 +92,7 @@ def test_a_lost_process_ends_the_others_with_a_sentence(words: list[str], tmp_pa
             process.wait()
     assert processes[0].returncode == 2
     (sentence,) = [line for line in told.splitlines() if line.startswith("vrpo: ")]
-    assert sentence.startswith("vrpo: process 0 of 2 lost another one (")
+    assert sentence.startswith(f"vrpo: process 0 of 2 {how}")
     assert "--resume" in sentence
     assert "Traceback" not in told
     assert find_checkpoints(tmp_path / "run")[0].name == "step-00000009"
@@ -89,7 +107,7 @@ def test_torchrun_restarts_after_a_loss_to_the_same_weights(words: list[str], tm
     torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     lost = launch([*torchrun, "--max-restarts", "1"], [*words, "--out", str(tmp_path / "lost"), "--resume"])
     assert lost.returncode == 0, lost.stderr
-    assert (tmp_path / "killer.done").exists(), "no process was lost"
+    assert (tmp_path / "fate.done").exists(), "no process was lost"
     assert "Resumed" in lost.stderr + lost.stdout
     whole = launch(torchrun, [*words, "--out", str(tmp_path / "whole")])
     assert whole.returncode == 0, whole.stderr

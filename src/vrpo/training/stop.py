@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vrpo.processes import ProcessError, World, is_of_connection
+from vrpo.processes import World
 
 # How long a step's request to stop may take: less than its gradients, for NCCL ends a process that waits too long for
 # those without a word of ours.
@@ -60,24 +60,18 @@ class SharedSignal:
         """Tell this process's signal and return the one that all know of, or None.
 
         Raises:
-            ProcessError: another process does not answer.
+            RuntimeError: another process is gone, or does not answer, which `vrpo.processes.connect` tells.
         """
         if self._world.size == 1:
             return number
         answer = None
         if self._pending is not None:
             work, flag = self._pending
-            try:
-                work.wait(SIGNAL_TIMEOUT)
-            except RuntimeError as error:
-                if is_of_connection(error):
-                    raise
-                raise ProcessError(
-                    f"process {self._world.rank} of {self._world.size} has waited {SIGNAL_TIMEOUT.total_seconds():.0f} "
-                    "s for another one, which hangs: see what that one does, end it, then go on with --resume."
-                ) from error
+            work.wait()
             answer = int(flag.item()) or None
         flag = torch.tensor([number or 0], dtype=torch.int64)
-        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._world.group, async_op=True)
-        self._pending = (work, flag)
+        # A time limit of the question's own: gloo waits for a pending one at exit, which would take the group's hours.
+        options = dist.AllreduceOptions()
+        options.reduceOp, options.timeout = dist.ReduceOp.MAX, SIGNAL_TIMEOUT
+        self._pending = (self._world.group.allreduce([flag], options), flag)
         return answer
