@@ -72,6 +72,6 @@ class SharedSignal:
         flag = torch.tensor([number or 0], dtype=torch.int64)
         # A time limit of the question's own: gloo waits for a pending one at exit, which would take the group's hours.
         options = dist.AllreduceOptions()
-        options.reduceOp, options.timeout = dist.ReduceOp.MAX, SIGNAL_TIMEOUT
+        options.reduceOp, options.timeout = dist.ReduceOp(dist.ReduceOp.MAX), SIGNAL_TIMEOUT
         self._pending = (self._world.group.allreduce([flag], options), flag)
         return answer
