@@ -325,21 +325,29 @@ def test_two_processes_give_the_same_images_and_the_same_score(run: Path, tmp_pa
 
 
 DISK_OF_THE_SECOND_IS_FULL = """
-import errno, os, sys
+import errno, os, sys, time
 from vrpo.cli import main
 from vrpo.sampling.chunks import Chunks
 
-def full(*_):
+save = Chunks.save
+
+def full(self, *_):
+    (self.folder / "full").touch()
     raise OSError(errno.ENOSPC, "No space left on device")
 
-if os.environ["RANK"] == "1":
-    Chunks.save = full
+def slow(self, *rest):
+    save(self, *rest)
+    while not (self.folder / "full").exists():
+        time.sleep(0.05)
+    time.sleep(0.2)
+
+Chunks.save = full if os.environ["RANK"] == "1" else slow
 main(sys.argv[1:])
 """
 
 
-def test_an_error_of_one_process_ends_both_with_its_sentence(run: Path, tmp_path: Path) -> None:
-    words = ["sample", str(run), "--count", "16", "--out", str(tmp_path / "images.npz")]
+def test_an_error_of_one_process_soon_ends_both_with_its_sentence(run: Path, tmp_path: Path) -> None:
+    words = ["sample", str(run), "--count", "256", "--batch-size", "8", "--out", str(tmp_path / "images.npz")]
     for _ in range(2):  # another program may take the port that was free
         processes = launch(words, 2, ("-c", DISK_OF_THE_SECOND_IS_FULL))
         told = [process.communicate()[1] for process in processes]
@@ -349,6 +357,8 @@ def test_an_error_of_one_process_ends_both_with_its_sentence(run: Path, tmp_path
     assert "no space is left on the device" in told[1]
     assert "vrpo: " not in told[0]
     assert "Traceback" not in "".join(told)
+    kept = len(list((tmp_path / ".images.npz.drawing").glob("*.npy")))
+    assert 1 <= kept <= 8, "the first process went on with its 16 chunks"
 
 
 class Pooled:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,76 @@ def test_torchrun_restarts_after_a_loss_to_the_same_weights(words: list[str], tm
         )
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+# What the cluster's commands do, for one node that is this machine.
+CLUSTER = {
+    "scontrol": """
+case "$1" in
+  show) echo 127.0.0.1 ;;
+  requeue) echo "$2" > "$CLUSTER/requeued" ;;
+esac
+""",
+    "srun": """
+echo $$ > "$CLUSTER/step"
+shift
+exec "$@"
+""",
+    "scancel": """
+[ "$2" = 7.0 ] && kill "-${1#--signal=}" "$(cat "$CLUSTER/step")"
+""",
+    "torchrun": """
+exec "$PYTHON" -m torch.distributed.run "$@"
+""",
+}
+
+
+def test_the_script_for_slurm_stops_and_is_queued_again(make_config: Any, tmp_path: Path) -> None:
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name, lines in CLUSTER.items():
+        (commands / name).write_text(f"#!/bin/sh{lines}")
+        (commands / name).chmod(0o755)
+    train = {"images": 480, "checkpoint_every": 10_000, "parallel": "ddp"}
+    (tmp_path / "config.yaml").write_text(to_yaml(make_config(align={"objective": "repa"}, train=train)))
+    # The step at which the cluster wants its nodes back waits for that.
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\n"
+        "from vrpo.training.trainer import Trainer\n"
+        "step, reached = Trainer._train_step, pathlib.Path(__file__).with_name('reached')\n"
+        "def waiting(self, batch):\n"
+        "    step(self, batch)\n"
+        "    if self.step == 20 and not reached.exists():\n"
+        "        self.world.gather(None)\n"
+        "        reached.touch()\n"
+        "        time.sleep(3)\n"
+        "Trainer._train_step = waiting\n"
+    )
+    script = str(Path(__file__).parents[2] / "examples/slurm.sh")
+    words = ["--config", str(tmp_path / "config.yaml"), "--plugin", str(tmp_path / "slow.py")]
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2"}
+    here = {"CLUSTER": str(tmp_path), "PYTHON": sys.executable, "PATH": f"{commands}:{os.environ['PATH']}"}
+
+    def submit() -> subprocess.Popen[str]:
+        settings = environment(**job, **here, MASTER_PORT=str(free_port()))
+        out = ["--out", str(tmp_path / "run")]
+        return subprocess.Popen(["bash", script, *words, *out], env=settings, stderr=subprocess.PIPE, text=True)
+
+    first = submit()
+    deadline = time.monotonic() + SOON
+    while not (tmp_path / "reached").exists() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    first.send_signal(signal.SIGTERM)
+    _, told = first.communicate(timeout=SOON)
+    assert first.returncode == 0, told
+    assert (tmp_path / "requeued").read_text() == "7\n"
+    (stopped,) = find_checkpoints(tmp_path / "run")
+    assert 20 <= int(stopped.name.removeprefix("step-")) < 30, told
+    again = submit()
+    _, told = again.communicate(timeout=SOON)
+    assert again.returncode == 0, told
+    assert "Resumed" in told
+    assert find_checkpoints(tmp_path / "run")[0].name == "step-00000060"
 
 
 @pytest.mark.soak

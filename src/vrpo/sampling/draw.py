@@ -86,6 +86,7 @@ def draw_images(
 
     with world.agreed():  # all go on when every process is done with its own
         for part in missing[world.rank :: world.size]:
+            world.stop_if_failed()
             tell(0)
             chosen = None if labels is None else labels[part.start : part.stop]
             images = torch.cat(list(sampler.batches(part, chosen, order.seed, tell)))
