@@ -4,122 +4,36 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from loop import (
+    BATCH,
+    BUDGET,
+    DENOISING,
+    DEPTH,
+    HIDDEN,
+    TOKENS,
+    Loop,
+    Patches,
+    config,
+    draw,
+    gradients,
+    make,
+    noised,
+    pictures,
+    run,
+    trunk,
+)
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
-from vrpo.alignment import Aligner
 from vrpo.alignment.build import TrunkShape, build_objective
 from vrpo.alignment.objective import Objective, TargetBatch
-from vrpo.config import AlignConfig, DiffusionConfig
 from vrpo.errors import ConfigError
 from vrpo.models.transformer import DiffusionTransformer
 from vrpo.pixels import to_float
-from vrpo.sampling import build_denoising
-from vrpo.training.step import DenoisingStep, draw_step
-
-BATCH, SIDE, TOKENS, HIDDEN, DEPTH, BUDGET = 8, 8, 16, 32, 4, 40
-DENOISING = build_denoising("SiT", DiffusionConfig())
-
-
-class Patches:
-    """Encoders for tests: a fixed linear map of each patch."""
-
-    def __init__(self, width: int = 24, grid: int = 4) -> None:
-        self.width, self.grid = width, grid
-        values = 3 * (SIDE // grid) ** 2
-        self.matrix = torch.randn(values, width, generator=torch.Generator().manual_seed(width)) / values**0.5
-
-    def tokens(self, images: Tensor) -> Tensor:
-        patches = nn.functional.pixel_unshuffle(to_float(images), SIDE // self.grid)
-        return patches.flatten(2).transpose(1, 2) @ self.matrix
-
-
-def trunk() -> DiffusionTransformer:
-    torch.manual_seed(0)
-    net = DiffusionTransformer(
-        input_size=SIDE, patch_size=2, in_channels=3, hidden_size=HIDDEN, depth=DEPTH, num_heads=2, num_classes=0
-    )
-    for parameter in net.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
-    return net
-
-
-def config(objective: str, **vrpo: Any) -> AlignConfig:
-    return AlignConfig.model_validate({"objective": objective, "projector_width": 48, "vrpo": vrpo})
-
-
-def pictures(step: int) -> Tensor:
-    generator = torch.Generator().manual_seed(1000 + step)
-    return torch.randint(0, 256, (BATCH, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
-
-
-def make(model: nn.Module, blocks: str | Sequence[str] = "blocks.1", **over: Any) -> Aligner:
-    torch.manual_seed(1)
-    values: dict[str, Any] = {"hidden_size": HIDDEN, "tokens": TOKENS, "encoders": Patches(), "budget": BUDGET}
-    values = {**values, "objective": config("vrpo"), **over}
-    return Aligner(model, blocks, **values)
-
-
-def denoise(model: nn.Module, clean: Tensor, draws: Any) -> Tensor:
-    """Return the denoising loss as somebody else's trainer would compute it."""
-    noised = DENOISING.noised(clean, draws.noise, draws.uniforms)
-    return DENOISING.loss(model(noised, draws.uniforms).float(), clean, draws.noise, draws.uniforms).mean()
-
-
-def run(
-    model: nn.Module,
-    aligner: Aligner,
-    steps: int = 4,
-    *,
-    parts: int = 1,
-    scale: float = 1.0,
-    inside: bool = False,
-    forward: nn.Module | None = None,
-) -> list[dict[str, Tensor]]:
-    """Train with plain SGD, and return every step's gradients."""
-    optimizer = torch.optim.SGD([*model.parameters(), *aligner.parameters()], lr=0.05)
-    history, size = [], BATCH // parts
-    for step in range(steps):
-        images = pictures(step)
-        draws = draw(step)
-        for start in range(0, BATCH, size):
-            part, some = draws.part(start, start + size), images[start : start + size]
-            with aligner.step(some, part.uniforms):
-                loss = denoise(model if forward is None else forward, to_float(some), part)
-                if inside:
-                    ((loss + aligner.loss()) * (scale / parts)).backward()
-            if not inside:
-                (scale * (loss + aligner.loss()) / parts).backward()
-        history.append(gradients(model, aligner.objective, scale))
-        optimizer.step()
-        optimizer.zero_grad()
-        aligner.update()
-    return history
-
-
-def draw(step: int) -> Any:
-    return draw_step(
-        0, step, count=BATCH, shape=(3, SIDE, SIDE), noisings=1, label_dropout=0, device=torch.device("cpu")
-    )
-
-
-def gradients(model: nn.Module, objective: nn.Module, scale: float = 1.0) -> dict[str, Tensor]:
-    found = {}
-    for prefix, module in (("model", model), ("objective", objective)):
-        for name, parameter in module.named_parameters():
-            if parameter.grad is not None:
-                parameter.grad /= scale
-                found[f"{prefix}.{name.replace('_orig_mod.', '')}"] = parameter.grad.clone()
-    return found
+from vrpo.training.step import DenoisingStep
 
 
 def built_in(objective: Objective, encoders: Sequence[Patches], parts: int, scale: float) -> list[dict[str, Tensor]]:
@@ -203,36 +117,12 @@ def test_what_the_loss_is_multiplied_by_does_not_matter() -> None:
         assert_same(runs[0], other, rtol=2e-4)
 
 
-class Loop(nn.Module):
-    """The blocks one after the other or, as trainers of large models do, each recomputed in the backward pass."""
-
-    def __init__(self, net: DiffusionTransformer, reentrant: bool | None = None) -> None:
-        super().__init__()
-        self.net, self.reentrant = net, reentrant
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        net = self.net
-        tokens, condition = net.patch_embedding(x) + net.position_table, net.time_embedding(t)
-        for block in net.blocks:
-            if self.reentrant is None:
-                tokens = block(tokens, condition)
-            else:
-                tokens = checkpoint(block, tokens, condition, use_reentrant=self.reentrant)
-        return net._unpatchify(net.final(tokens, condition))
-
-
 @pytest.mark.parametrize("inside", [False, True])
 def test_checkpointed_blocks_give_the_same_gradients(inside: bool) -> None:
     settings = config("vrpo", warmup=0.0, mode="sampled")
     model, other = trunk(), trunk()
     plain = run(model, make(model, objective=settings))
     assert_same(plain, run(other, make(other, objective=settings), inside=inside, forward=Loop(other, False)))
-
-
-def test_reentrant_checkpointing_is_refused() -> None:
-    model = trunk()
-    with pytest.raises(ConfigError, match="use_reentrant=False"):
-        run(model, make(model), forward=Loop(model, True))
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -271,11 +161,6 @@ def test_detached_leaves_the_model_as_it_was() -> None:
         model(*inputs)
     with pytest.raises(ConfigError, match="did not run"):
         aligner.loss()
-
-
-def noised() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(BATCH, 3, SIDE, SIDE, generator=generator), torch.rand(BATCH, generator=generator)
 
 
 def test_a_copy_of_the_model_is_not_aligned() -> None:
@@ -402,130 +287,3 @@ def test_logs_tell_of_alignment_and_rewards() -> None:
     assert logs["alignment"].isfinite()
     assert logs["reward_fidelity"].shape == logs["gate"].shape == (10,)
     assert not aligner.logs()
-
-
-# -- sentences --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("blocks", "over", "sentence"),
-    [
-        ("block.1", {}, r"the model has no block 'block\.1': did you mean 'blocks\.1'\?"),
-        ("", {}, "the model has no block ''"),
-        ([], {}, "must name one block or several"),
-        (["blocks.1", "blocks.1"], {}, "must name one block or several, each once"),
-        ("blocks.1", {"objective": "vrpoo"}, r"no objective 'vrpoo': did you mean 'vrpo'\?"),
-        ("blocks.1", {"objective": "haste"}, "'haste' reads queries and keys"),
-        ("blocks.1", {"objective": AlignConfig(depth=(2,))}, "align.depth is set"),
-        ("blocks.1", {"tokens": 17, "encoders": "resnet10t"}, "'resnet10t' needs a square grid"),
-    ],
-)
-def test_construction_refuses_in_one_sentence(blocks: Any, over: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence):
-        make(trunk(), blocks, **over)
-
-
-@pytest.mark.parametrize(
-    ("blocks", "over", "sentence"),
-    [
-        ("blocks", {}, "'blocks' did not run with gradients .* name a block rather than a list"),
-        ("time_embedding", {}, r"'time_embedding' returns a tensor of shape \(8, 32\), not tokens"),
-        ("blocks.1", {"hidden_size": 64}, r"shape \(8, 16, 32\), not tokens \(B, N, 64\)"),
-        ("blocks.1", {"encoders": Patches(grid=2)}, "an encoder gives 4 tokens an image, and Aligner was built for 16"),
-        ("blocks.1", {"tokens": 4, "encoders": Patches(grid=2)}, "gives 16 tokens an image, where tokens is 4"),
-        ("blocks.1", {"select": slice(1, None)}, "gives 15 tokens an image, where tokens is 16"),
-    ],
-)
-def test_a_step_refuses_in_one_sentence(blocks: str, over: dict[str, Any], sentence: str) -> None:
-    model = trunk()
-    with pytest.raises(ConfigError, match=sentence):
-        run(model, make(model, blocks, **over), 1)
-
-
-def test_misuse_is_told_in_one_sentence() -> None:
-    model = trunk()
-    aligner, (x, t) = make(model), noised()
-    with pytest.raises(ConfigError, match="goes with a step"):
-        aligner.loss()
-    with pytest.raises(ConfigError, match=r"integer times.*t / 999"), aligner.step(pictures(0), (t * 999).long()):
-        pass
-    with pytest.raises(ConfigError, match="give uint8 pixels"), aligner.step(pictures(0).float(), t):
-        pass
-    with pytest.raises(ConfigError, match="no images"), aligner.step(None, t):
-        pass
-    with pytest.raises(ConfigError, match="4 times for 8 images"), aligner.step(pictures(0), t[:4]):
-        pass
-    with aligner.step(pictures(0), t):
-        model(x, t)
-    with pytest.raises(ConfigError, match=r"add aligner\.loss\(\)"):
-        aligner.update()
-
-
-# -- two processes ----------------------------------------------------------------------------------------------------
-
-
-class Both(nn.Module):
-    def __init__(self, model: nn.Module, aligner: Aligner) -> None:
-        super().__init__()
-        self.model, self.aligner = model, aligner
-
-    def forward(self, images: Tensor, draws: Any) -> Tensor:
-        with self.aligner.step(images, draws.uniforms):
-            loss = denoise(self.model, to_float(images), draws)
-        return loss + self.aligner.loss()
-
-
-def _train(rank: int, wrap_both: bool) -> dict[str, Tensor]:
-    model = trunk()
-    torch.manual_seed(rank)
-    aligner = make(model, objective=config("vrpo", warmup=0.0), budget=1000)
-    both = Both(model, aligner)
-    step_module: Any = both
-    if dist.is_initialized():
-        if wrap_both:
-            step_module = DistributedDataParallel(both)
-        else:
-            both.model = DistributedDataParallel(model)
-    optimizer = torch.optim.SGD([*model.parameters(), *aligner.parameters()], lr=0.05)
-    half = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2) if dist.is_initialized() else slice(0, BATCH)
-    for step in range(3):
-        step_module(pictures(step)[half], draw(step).part(half.start, half.stop)).backward()
-        if not wrap_both:
-            aligner.average_gradients()
-        optimizer.step()
-        optimizer.zero_grad()
-        aligner.update()
-    state = {**model.state_dict(), **{f"aligner.{name}": value for name, value in aligner.state_dict().items()}}
-    return {name: value.detach().clone() for name, value in state.items()}
-
-
-def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save({wrap: _train(rank, wrap) for wrap in (False, True)}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
-    alone = _train(0, False)
-    for rank in range(2):
-        for state in torch.load(tmp_path / f"{rank}.pt").values():
-            for name, value in alone.items():
-                assert torch.allclose(state[name].double(), value.double(), rtol=2e-4, atol=1e-5), name
-
-
-@pytest.mark.parametrize(
-    ("align", "sentence"),
-    [
-        ({"objective": "reg"}, "align.token is one more token"),
-        ({"objective": "repi"}, "align.scaffold acts on keys and values"),
-        ({"objective": "vrpo", "scaffold": {"supply": "advantage"}}, "align.scaffold acts on keys and values"),
-    ],
-)
-def test_what_acts_inside_blocks_is_refused(align: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence):
-        Aligner(
-            trunk(), "blocks.1", hidden_size=32, tokens=16, encoders=Patches(), budget=8,
-            objective=AlignConfig.model_validate(align),
-        )  # fmt: skip

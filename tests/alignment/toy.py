@@ -134,3 +134,23 @@ def train(net: nn.Module, align: Objective, steps: int, start: int = 0, optimise
         align.update()
         losses.append(loss.item())
     return losses
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def flat(found: dict[str, Tensor]) -> Tensor:
+    return torch.cat([value.flatten() for value in found.values()])
+
+
+def policy_part(net: Any, align: Objective, data: Data, **options: Any) -> dict[str, Tensor]:
+    """Return the gradients of the policy's share alone: with the objective less without."""
+    accumulate(net, align, data, **options)
+    both = gradients(net, align)
+    accumulate(net, Objective(), data, **options)
+    plain = gradients(net, align)
+    return {name: value - plain.get(name, 0) for name, value in both.items()}
+
+
+ISOLATED = {"trust": 0.0, "perceptual": 0.0, "gate": False, "warmup": 0.0}

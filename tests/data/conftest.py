@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from pictures import encode, noise_image
+from source_files import COUNT
 
 
 @pytest.fixture
@@ -39,3 +40,9 @@ def image_files() -> dict[str, bytes]:
         image = noise_image(i, 9 + 3 * (i % 7), 11 + 5 * (i % 4))
         files[f"{['cat', 'dog', 'eel'][i % 3]}/{i:02d}.{'png' if i % 2 else 'jpg'}"] = encode(image, kind)
     return files
+
+
+@pytest.fixture(scope="session")
+def files() -> list[bytes]:
+    """The PNG files of COUNT images."""
+    return [encode(noise_image(seed, 16, 16)) for seed in range(COUNT)]

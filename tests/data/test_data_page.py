@@ -10,7 +10,7 @@ import pytest
 import torch
 from pictures import encode, noise_image
 from safetensors.torch import save_file
-from test_other_sources import table, write_table, write_tar
+from source_files import table, write_table, write_tar
 
 from latent_sources import write_repa
 from test_docs import ROOT, commands
