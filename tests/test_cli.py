@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vrpo.cli import COMMANDS, main
 from vrpo.config_load import parser_words
@@ -65,6 +66,17 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
         ("sample r --out x --seed -1", "--seed cannot be -1"),
         ("sample r --out x --guidance-scale inf", "--guidance-scale cannot be inf: it should be a finite number."),
         ("sample r --out x --guidance-interval 0", "--guidance-interval has too few values"),
+        ("sample r --out x --guidance-interval 0 x", "--guidance-interval cannot be 'x'"),
+        (
+            "evaluate . --reference r --features f --metrics fid",
+            "--metrics cannot be 'fid': did you mean 'sfid' or 'fd'?",
+        ),
+        ("train --out r --resume --rewind 1.5", "--rewind cannot be '1.5': write a count such as 50000, 50k or 2M."),
+        ("train --out nowhere --resume --rewind 56k", "there is no run at nowhere"),
+        ("train --train.learning-rate 1", "there is no option '--train.learning-rate': did you mean '--train.lr'?"),
+        ("compare . --out r.png", "--out r.png is no name of an HTML file: write r.html."),
+        ("data browse . --html p.png", "--html p.png is no name of an HTML file: write p.html."),
+        ("train --cfg-scale 2", "there is no option '--cfg-scale': `vrpo train --help` lists all"),
         ("sample r --out x --sampler euler", "--sampler cannot be 'euler': did you mean 'ode-euler'?"),
         ("sample r --out x --setps 3", "vrpo sample has no option '--setps': did you mean '--steps'?"),
         ("sample r --out", "--out has no value: give one."),
@@ -117,6 +129,22 @@ def test_mistakes_are_one_sentence(words: str, sentence: str, capsys: pytest.Cap
     assert sentence in err
     assert len(err.strip().splitlines()) == 1
     assert "Traceback" not in err
+
+
+def test_a_single_image_is_one_and_a_file_is_no_folder_to_write(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "cat" / "0.png")
+    (tmp_path / "notes.txt").write_text("kept")
+    words = ["prepare", str(tmp_path / "images")]
+    code, out, _ = run([*words, str(tmp_path / "data"), "--size", "8"], capsys)
+    assert code == 0
+    assert "\n1 image of 8 x 8 (1 class) in" in out
+    assert run(["data", "info", str(tmp_path / "data")], capsys)[1].startswith("1 image of 8 x 8, 1 class, from images")
+    code, _, err = run([*words, str(tmp_path / "notes.txt"), "--size", "8"], capsys)
+    assert (code, err) == (2, f"vrpo: '{tmp_path / 'notes.txt'}' is a file: name a folder to write.\n")
+    assert (tmp_path / "notes.txt").read_text() == "kept"
 
 
 @pytest.mark.parametrize("columns", ["20", "200"])

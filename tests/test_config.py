@@ -96,6 +96,7 @@ def test_written_configuration_reads_back_to_the_same(tmp_path: Path) -> None:
         ("--train.betas 0.9", "train.betas"),
         ("--train.lr --train.ema 0.5", "train.lr has no value: give at least one."),
         ("--evaluate.metrics", "evaluate.metrics has no value: give at least one."),
+        ("--evaluate.metrics fid", "evaluate.metrics.0 cannot be 'fid': did you mean 'sfid' or 'fd'?"),
         ("--seed -1", "seed cannot be '-1'"),
         ("2M", "'2M' was not expected: overrides are written --section.key value"),
     ],
@@ -181,6 +182,12 @@ def test_unknown_preset_names_the_nearest() -> None:
         ({"train": {"batch_size": 30, "noisings": 4}}, "not a multiple of train.noisings 4: use 32"),
         ({"train": {"batch_size": 64, "micro_batch": 24}}, "does not divide train.batch_size 64 .*: use 32|16"),
         ({"sample": {"sampler": "ddim"}}, "sample.sampler 'ddim' does not fit SiT"),
+        ({"sample": {"guidance_interval": (0, 70)}}, "sample.guidance_interval 0 70 leaves the times .* between 0, "),
+        ({"sample": {"guidance_interval": (-0.1, 1)}}, "sample.guidance_interval -0.1 1 leaves the times"),
+        (
+            {"sample": {"guidance_scale": 1.5}, "model": {"label_dropout": 0}},
+            "sample.guidance_scale 1.5 needs a null class, which training with model.label_dropout 0 never sees",
+        ),
         ({"model": {"name": "DiT-S/2"}}, "sample.sampler 'ode-euler' does not fit DiT"),
     ],
 )

@@ -327,7 +327,9 @@ class EvaluateConfig(Section):
     reference: Literal["training", "validation"] = Field("training", description="What samples are scored against.")
     samples: Count = Field(2_000, gt=1, description="Samples drawn.")
     labels: Literal["balanced", "random"] = Field("balanced", description="Class labels of the samples.")
-    metrics: tuple[Literal["fd", "sfid", "is", "kid", "precision", "recall"], ...] = Field(
+    metrics: Annotated[
+        tuple[Literal["fd", "sfid", "is", "kid", "precision", "recall"], ...], BeforeValidator(_as_tuple)
+    ] = Field(
         ("fd", "kid", "precision", "recall"), min_length=1, description="What is computed; sfid, is: inception only."
     )
 

@@ -159,7 +159,20 @@ def _unknown_word(word: str, other_options: Iterable[str]) -> str:
     if not word.startswith("--"):
         return f"'{word}' was not expected: overrides are written --section.key value, for example --train.images 2M."
     name = word.partition("=")[0]
-    return f"there is no option '{name}': {nearest(name.replace('_', '-'), [*other_options, *option_names()])}"
+    dashed = name.replace("_", "-")
+    spoken = dashed.lstrip("-").rpartition(".")[2].replace("-", " ")
+    described = [option for option, text in _described() if " " in spoken and spoken in text.lower()]
+    hint = f"did you mean '{described[0]}'?" if described else nearest(dashed, [*other_options, *option_names()])
+    if hint.startswith("choose"):  # from more than a sentence holds
+        hint = "`vrpo train --help` lists all, for example --train.images 2M."
+    return f"there is no option '{name}': {hint}"
+
+
+def _described() -> Iterable[tuple[str, str]]:
+    """Yield each override with its explanation, in which its usual name elsewhere may stand."""
+    for path in _leaves(RunConfig):
+        field = _model_at(path[:-1]).model_fields[path[-1]]
+        yield "--" + ".".join(path).replace("_", "-"), field.description or ""
 
 
 def _as_values(words: Sequence[str]) -> dict[str, Any]:

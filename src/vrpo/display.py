@@ -22,6 +22,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
+def counted(count: int, one: str, many: str) -> str:
+    """Return "1 image" or "2,000 images"."""
+    return f"{count:,} {one if count == 1 else many}"
+
+
 class TrainingDisplay:
     """A line that says where training is: images, losses, speed, time left."""
 

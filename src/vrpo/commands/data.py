@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 from tyro.conf import Positional
 
-from vrpo.commands.outputs import check_output, tell
+from vrpo.commands.outputs import check_output, check_page, tell
 from vrpo.commands.parse import parse
 from vrpo.config import Count, Positive, Seed
+from vrpo.display import counted
 from vrpo.processes import ALONE, World, connect
 
 if TYPE_CHECKING:
@@ -117,8 +118,9 @@ def data_info(words: list[str]) -> int:
 
     manifest = ShardedDataset(options.path).manifest
     counts, done = manifest.counts, manifest.preprocessing
-    classes = f"{len(manifest.class_names)} classes" if manifest.class_names else "no labels"
-    tell(f"{counts.images:,} images of {done.size} x {done.size}, {classes}, from {manifest.source.name}")
+    classes = counted(len(manifest.class_names), "class", "classes") if manifest.class_names else "no labels"
+    images = counted(counts.images, "image", "images")
+    tell(f"{images} of {done.size} x {done.size}, {classes}, from {manifest.source.name}")
     tell(f"crop {done.crop}, resample {done.resample}, flip {done.flip}; fingerprint {manifest.fingerprint}")
     latents = manifest.latents
     if latents is not None:
@@ -144,8 +146,11 @@ def data_verify(words: list[str]) -> int:
 
     with TrainingDisplay() as display:
         manifest = verify_dataset(options.path, lambda done, total: display.progress("verifying bytes", done, total))
-    shards = f"{len(manifest.shards):,} shard{'s' * (len(manifest.shards) != 1)}"
-    tell(f"{options.path}: {manifest.counts.images:,} images in {shards}, all as prepared.")
+    shards, images = (
+        counted(len(manifest.shards), "shard", "shards"),
+        counted(manifest.counts.images, "image", "images"),
+    )
+    tell(f"{options.path}: {images} in {shards}, all as prepared.")
     return 0
 
 
@@ -174,7 +179,7 @@ class DataBrowse:
 def data_browse(words: list[str]) -> int:
     """Show samples of a data set."""
     options, _ = parse(DataBrowse, words, "data browse")
-    check_output(options.html)
+    check_page(options.html, "--html")
 
     from vrpo.data.browse import browse
     from vrpo.data.shards import ShardedDataset

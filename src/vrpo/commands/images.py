@@ -11,7 +11,7 @@ import tyro
 from pydantic import Field
 from tyro.conf import Positional
 
-from vrpo.commands.outputs import check_output, tell
+from vrpo.commands.outputs import check_output, check_page, tell
 from vrpo.commands.parse import parse
 from vrpo.config import Count, Positive, Seed
 from vrpo.errors import ConfigError
@@ -177,7 +177,7 @@ def compare(words: list[str]) -> int:
     options, _ = parse(Compare, words, "compare")
     if not options.runs:
         raise ConfigError("vrpo compare needs at least one run: vrpo compare RUN RUN --out report.html.")
-    check_output(options.out)
+    check_page(options.out)
 
     from vrpo.report.compare import compare as run_compare
 

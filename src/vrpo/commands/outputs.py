@@ -32,6 +32,17 @@ def check_output(out: Path, *, folder: bool = False) -> None:
         raise ConfigError(f"--out {out} cannot be written (permission denied): give another path.")
 
 
+def check_page(out: Path, option: str = "--out") -> None:
+    """Refuse what `check_output` refuses, and a page of HTML under the name of another kind of file.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if out.suffix.lower() not in (".html", ".htm") and not out.is_dir():
+        raise ConfigError(f"{option} {out} is no name of an HTML file: write {out.stem}.html.")
+    check_output(out)
+
+
 def tell(text: str) -> None:
     """Print a result; control characters, which text from data may hold, are escaped."""
     print(printable(text))

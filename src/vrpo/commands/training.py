@@ -14,7 +14,7 @@ from tyro.conf import Positional
 
 from vrpo.commands.outputs import tell
 from vrpo.commands.parse import option_names, parse
-from vrpo.config import Positive, RunConfig, Seed
+from vrpo.config import Count, Positive, RunConfig, Seed
 from vrpo.errors import ConfigError, VrpoError
 
 
@@ -32,7 +32,7 @@ class Train:
     """Folder of the run; default runs/NAME-seed-SEED."""
     resume: bool = False
     """Go on with the run in --out; --resume auto is the same."""
-    rewind: Annotated[int, Field(ge=0)] | None = None
+    rewind: Count | None = None
     """With --resume: go back to the newest checkpoint of at most this many images, past the data read since."""
     plugin: tuple[Path, ...] = ()
     """Python files to run first, for example one that registers a reward. Only name files that you trust."""

@@ -229,4 +229,6 @@ def disk_errors(folder: Path) -> Iterator[None]:
             raise DataError(
                 f"the disk of '{folder}' is full: free some space and repeat the command; finished shards are kept."
             ) from error
+        if folder.is_file():
+            raise DataError(f"'{folder}' is a file: name a folder to write.") from error
         raise DataError(f"'{folder}' cannot be written: {error.strerror or error}.") from error

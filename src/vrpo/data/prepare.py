@@ -46,6 +46,7 @@ from vrpo.data.shards import Rows, ShardedDataset, write_atomically, write_shard
 from vrpo.data.sources import Entry, Source, open_source
 from vrpo.data.transforms import MAX_PIXELS
 from vrpo.data.workers import Decoded, decode_in_order, worker_count
+from vrpo.display import counted
 from vrpo.errors import ConfigError, DataError
 from vrpo.processes import ALONE, World
 
@@ -86,12 +87,12 @@ class PrepareResult:
             lines = [f"'{self.path}' already holds this data set ({counts.images:,} images): nothing to do."]
         else:
             classes = len(self.manifest.class_names)
-            labels = f"{classes} classes" if classes else "no labels"
+            labels = counted(classes, "class", "classes") if classes else "no labels"
             rate = self.images_decoded / max(self.seconds, 1e-9)
             latents = self.manifest.latents
             grid = "" if latents is None else f" as latents {latents.channels} x {latents.size} x {latents.size}"
             lines = [
-                f"{counts.images:,} images of {size} x {size}{grid} ({labels}) in '{self.path}', "
+                f"{counted(counts.images, 'image', 'images')} of {size} x {size}{grid} ({labels}) in '{self.path}', "
                 f"{self.seconds:.1f} s, {rate:,.0f} images/s."
             ]
         if self.resumed_shards:

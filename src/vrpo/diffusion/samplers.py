@@ -58,6 +58,11 @@ def check_settings(
             f"{section}guidance_interval {low:g} {high:g} ends before it starts: write {high:g} {low:g}, where 0 is "
             "the data."
         )
+    if low < 0 or high > 1:
+        raise ConfigError(
+            f"{section}guidance_interval {low:g} {high:g} leaves the times of sampling: write two between 0, the data, "
+            "and 1, the noise."
+        )
     most = DiscretePath.steps
     if sampler == "ddim" and most % steps:
         closest = min((n for n in range(1, most + 1) if most % n == 0), key=lambda n: abs(n - steps))

@@ -15,6 +15,7 @@ from vrpo.diffusion.noise import SampleNoise
 from vrpo.diffusion.paths import get_path
 from vrpo.diffusion.samplers import check_settings, sample, sample_dit
 from vrpo.diffusion.state import Layout, State
+from vrpo.errors import ConfigError
 from vrpo.models.taps import NO_TAPS
 from vrpo.models.transformer import DiffusionTransformer
 from vrpo.pixels import to_uint8
@@ -29,8 +30,10 @@ def build_denoising(kind: str, config: DiffusionConfig) -> Denoising:
     return FlowMatching(get_path(config.path), config.time, config.logit_mean, config.logit_std)
 
 
-def check_sampling(kind: str, settings: SampleConfig, conditional: bool) -> None:
+def check_sampling(kind: str, settings: SampleConfig, conditional: bool, label_dropout: float) -> None:
     """Refuse settings that a transformer of ``kind``, with classes or without, cannot be sampled by.
+
+    ``label_dropout``: share of labels that training replaced by the null class, which guidance asks for.
 
     Raises:
         ConfigError: the first that does not fit.
@@ -44,6 +47,11 @@ def check_sampling(kind: str, settings: SampleConfig, conditional: bool) -> None
         classes=conditional,
         section="sample.",
     )
+    if settings.guidance_scale != 1 and label_dropout == 0:
+        raise ConfigError(
+            f"sample.guidance_scale {settings.guidance_scale:g} needs a null class, which training with "
+            "model.label_dropout 0 never sees: use 1, or train with --model.label-dropout 0.1."
+        )
 
 
 def default_compute_batch(device: torch.device, tokens: int) -> int:
@@ -83,7 +91,7 @@ class ImageSampler:
             ConfigError: settings that the network cannot be sampled by.
         """
         self.settings = settings or config.sample
-        check_sampling(network.kind, self.settings, network.num_classes > 0)
+        check_sampling(network.kind, self.settings, network.num_classes > 0, config.model.label_dropout)
         self.network = network
         self.config = config
         self.device = torch.device(device)
