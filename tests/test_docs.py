@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from pydantic import BaseModel
 
 import vrpo.commands.data
@@ -35,6 +37,7 @@ from vrpo.config import (
     VrpoConfig,
 )
 from vrpo.config_load import build_config, load_preset, option_names
+from vrpo.data.prepare import prepare
 
 ROOT = Path(__file__).parents[1]
 METHOD = ROOT / "docs" / "method.md"
@@ -379,3 +382,24 @@ def test_the_checks_see_what_is_there() -> None:
     with pytest.raises((AttributeError, ModuleNotFoundError)):
         resolve("vrpo.alignment.Alignment")
     assert "fidelity-at-the-seam" in anchors(METHOD)
+
+
+def test_the_python_of_the_readme_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own lines, for another preset, a data set that is there, and few images."""
+    block = next(code for kind, code in FENCE.findall((ROOT / "README.md").read_text("utf-8")) if kind == "python")
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index in range(4):
+            pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{index}.png")
+    monkeypatch.chdir(tmp_path)
+    prepare("photos", "data/photos", size=8, workers=1)
+    small = (
+        '"100k", "--train.batch-size", "4", "--model.name", "SiT-N/4", "--sample.steps", "1", "--train.device", "cpu"'
+    )
+    for words, others in (("cifar10-sit-s-4-repa", "cifar10-sit-ti-4-none"), ('"100k"', small), ("100k", "8")):
+        assert words in block
+        block = block.replace(words, others)
+    exec(block, {})
+    assert (tmp_path / "runs" / "repa" / "checkpoints" / "step-00000002").is_dir()

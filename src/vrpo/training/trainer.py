@@ -351,6 +351,6 @@ def _repeat(tensor: Tensor, times: int) -> Tensor:
     return tensor if times == 1 else tensor.repeat_interleave(times, dim=0)
 
 
-def train(config: RunConfig, run: Path, **options: Any) -> TrainResult:
+def train(config: RunConfig, run: Path | str, **options: Any) -> TrainResult:
     """Train ``config`` in folder ``run``; see ``Trainer`` for the options."""
-    return Trainer(config, run, **options).train()
+    return Trainer(config, Path(run), **options).train()
