@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from vrpo.errors import CheckpointError, nearest
-from vrpo.files import load_weights, unwrap
+from vrpo.files import load_weights, replacing, unwrap, write_safetensors
 from vrpo.models.layers import time_frequencies
 from vrpo.models.transformer import DiffusionTransformer
 
@@ -72,17 +72,19 @@ def save_published(model: DiffusionTransformer, path: str | Path, source: Source
 
     Raises:
         CheckpointError: a model that ``source`` cannot express, or a suffix other than .pt and .safetensors.
+        OSError: no space is left, or it cannot be written there; an earlier file of the name stays.
     """
     path = Path(path)
-    published = {name: value.contiguous().cpu() for name, value in to_published(model, source).items()}
-    if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
-
-        save_file(published, path)
-    elif path.suffix in (".pt", ".pth"):
-        torch.save({"ema": published}, path)
-    else:
+    if path.suffix not in (".safetensors", ".pt", ".pth"):
         raise CheckpointError(f"Cannot tell the format of '{path}': end its name in .safetensors or .pt.")
+    published = {name: value.contiguous().cpu() for name, value in to_published(model, source).items()}
+    with replacing(path) as unfinished:
+        if path.suffix == ".safetensors":
+            write_safetensors(unfinished, published)
+        else:
+            # A file of Python's own raises its own errors, where torch's writer would raise others.
+            with unfinished.open("wb") as file:
+                torch.save({"ema": published}, file)
 
 
 def from_published(published: Mapping[str, Tensor], model: DiffusionTransformer, source: Source) -> StateDict:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vrpo.errors import CheckpointError, ConfigError, DataError
-from vrpo.files import replacing, sha256_file
+from vrpo.files import explain_os_error, replacing, sha256_file, write_safetensors
 from vrpo.untrusted import parse_json
 from vrpo.vision.backbone import HALF, Backbone
 from vrpo.vision.rows import ImageRows
@@ -314,12 +314,12 @@ def _accuracy(network: ConvEncoder, dataset: ImageRows, rows: np.ndarray, size: 
 
 def _save(network: ConvEncoder, path: Path, record: str) -> None:
     """Write the file beside its place and move it there, so that it is whole or not there."""
-    from safetensors.torch import save_file
-
     state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as unfinished:
-            save_file(state, unfinished, metadata={METADATA_KEY: record})
-    except Exception as error:
-        raise DataError(f"The encoder could not be written to {path} ({error}): choose another place.") from error
+            write_safetensors(unfinished, state, {METADATA_KEY: record})
+    except OSError as error:
+        raise DataError(
+            f"The encoder could not be written to {path} ({explain_os_error(error)}): choose another place."
+        ) from error
