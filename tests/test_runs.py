@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from vrpo.errors import CheckpointError, DataError
-from vrpo.runs import Run, flatten
+from vrpo.runs import Run, flatten, open_checkpoint
 
 
 def _folder(path: Path, records: list[dict[str, Any]] | None = None, tail: str = "") -> Path:
@@ -126,6 +126,10 @@ def test_latest_checkpoint_is_the_newest_whatever_the_pointer_says(tmp_path: Pat
     for stale in ("step-00001000\n", "step-00003000", "step-00009000"):
         pointer.write_text(stale)
         assert run.latest_checkpoint().name == "step-00002000"
+        for path in (run.path, pointer, pointer.parent, run.path / "checkpoints" / "step-00002000"):
+            found, checkpoint = open_checkpoint(path)
+            assert (found.path, checkpoint.name) == (run.path, "step-00002000")
+    assert open_checkpoint(run.path / "checkpoints" / "step-00001000")[1].name == "step-00001000"
 
 
 def test_grids_without_a_file_are_left_out(tmp_path: Path) -> None:

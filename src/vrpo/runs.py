@@ -201,13 +201,16 @@ def _is_inside(file: Path, folder: Path) -> bool:
 def open_checkpoint(path: Path) -> tuple[Run, Path]:
     """Return a run and its checkpoint's folder; ``path`` is a run, for its newest one, or a checkpoint itself.
 
+    The file ``checkpoints/latest`` and the folder ``checkpoints`` stand for the newest one too.
+
     Raises:
         DataError: there is no run.
         CheckpointError: it has no checkpoint.
     """
     if (path / "state.json").is_file() and (path.parent.parent / "config.yaml").is_file():
         return Run(path.parent.parent), path
-    run = Run(path)
+    folder = path.parent if path.name == "latest" else path
+    run = Run(folder.parent if folder.name == "checkpoints" else path)
     return run, run.latest_checkpoint()
 
 

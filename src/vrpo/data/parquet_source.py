@@ -22,8 +22,8 @@ _LABEL_NAMES = ("label", "labels", "cls", "class", "fine_label")
 _MOST_CLASSES = 10_000_000
 # Reading a page takes several times its size, and the largest page is a whole group.
 _GROUP_BYTES = 2 << 30
-# Encoded images hardly become smaller: a group that would grow more than this is made to fill memory.
-_GROWTH, _SMALL_GROUP = 100, 64 << 20
+# Encoded images hardly become smaller: a file that would grow more than this is made to fill memory.
+_GROWTH, _SMALL_FILE = 100, 64 << 20
 # Even where images repeat each other, no row takes less of a file.
 _ROW_BYTES = 16
 
@@ -59,7 +59,7 @@ class _GroupReader:
         except StopIteration:
             self._damage = "the file holds fewer rows than it says"
             raise DataError(self._damage) from None
-        except (OSError, ValueError, LookupError, NotImplementedError) as error:
+        except _damages() as error:
             self._damage = f"it cannot be read ({error})"
             raise DataError(self._damage) from error
         self.next += 1
@@ -135,30 +135,32 @@ def _open_files(path: Path, paths: Sequence[Path], name: str | None = None) -> S
             if columns is not None and told != columns:
                 raise DataError(f"'{file}' has other columns than '{paths[0]}': prepare each kind by itself.")
             columns = told
-            counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-            if min(counts, default=0) < 0 or not sum(counts) <= file.stat().st_size // _ROW_BYTES:
+            # Of groups alone: to ask for a column ends the process where its statistics are damaged (pyarrow 26).
+            groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+            counts, sizes = [group.num_rows for group in groups], [group.total_byte_size for group in groups]
+            held = file.stat().st_size
+            if min(sizes, default=0) < 0:
+                raise ValueError("groups without size")
+            if min(counts, default=0) < 0 or not sum(counts) <= held // _ROW_BYTES:
                 raise DataError(f"'{file}' claims {sum(counts):,} rows, which it cannot hold: fetch it again.")
             names = names or _class_names(schema, told[1])
             labels = None if told[1] is None else found.read(columns=[told[1]]).column(0).to_pylist()
             if labels is not None and len(labels) != sum(counts):
                 raise ValueError("rows without labels")
-        except (OSError, ValueError, LookupError, TypeError, NotImplementedError) as error:  # pyarrow's are all of them
+        except _damages() as error:
             raise DataError(f"'{file}' is a damaged or incomplete parquet file: fetch it again.") from error
         checksum, row = _checksum(file), 0
-        for group in range(metadata.num_row_groups):
-            part = metadata.row_group(group)
-            if part.total_byte_size > _GROUP_BYTES:
-                raise DataError(f"'{file}' has a group of rows of more than 2 GiB: write it with smaller row groups.")
-            claimed, held = _column_bytes(part, columns[0])
-            if claimed > max(_SMALL_GROUP, _GROWTH * held):
-                raise DataError(
-                    f"the images of '{file}' would grow from {held:,} to {claimed:,} bytes, as none do: fetch it "
-                    "again, or write them without compression."
-                )
-            size = part.total_byte_size // max(1, part.num_rows)
-            for _ in range(part.num_rows):
+        if max(sizes, default=0) > _GROUP_BYTES:
+            raise DataError(f"'{file}' has a group of rows of more than 2 GiB: write it with smaller row groups.")
+        if sum(sizes) > max(_SMALL_FILE, _GROWTH * held):
+            raise DataError(
+                f"'{file}' would grow from {held:,} to {sum(sizes):,} bytes, as no file of images does: fetch it "
+                "again, or write it without compression."
+            )
+        for rows, size in zip(counts, sizes, strict=True):
+            for _ in range(rows):
                 label = None if labels is None else labels[row]
-                entries.append(Entry(f"{file.name}/{row:08d}", label, size, (number, row), checksum))
+                entries.append(Entry(f"{file.name}/{row:08d}", label, size // rows, (number, row), checksum))
                 row += 1
     if not entries or columns is None:
         raise DataError(f"'{path}' holds no rows: give parquet files with images.")
@@ -224,6 +226,13 @@ def _pyarrow_parquet() -> Any:
     return pyarrow.parquet
 
 
+def _damages() -> tuple[type[Exception], ...]:
+    """Return what pyarrow, and the C++ below it, raise on damaged bytes."""
+    import pyarrow
+
+    return (pyarrow.ArrowCapacityError, OSError, ValueError, LookupError, TypeError, RuntimeError)
+
+
 def _columns(file: Path, schema: Any) -> tuple[str, str | None]:
     import pyarrow as pa
 
@@ -241,13 +250,6 @@ def _columns(file: Path, schema: Any) -> tuple[str, str | None]:
         )
     integers = {field.name for field in schema if pa.types.is_integer(field.type)}
     return image, next((name for name in _LABEL_NAMES if name in integers), None)
-
-
-def _column_bytes(group: Any, name: str) -> tuple[int, int]:
-    """Return how many bytes a group's images are said to take when they are unpacked, and how many as they are."""
-    columns = [group.column(index) for index in range(group.num_columns)]
-    images = [column for column in columns if f"{column.path_in_schema}.".startswith(f"{name}.")]
-    return sum(part.total_uncompressed_size for part in images), sum(part.total_compressed_size for part in images)
 
 
 def _class_names(schema: Any, label: str | None) -> tuple[str, ...] | None:

@@ -297,8 +297,14 @@ def parse_model_name(name: str) -> ModelName:
     by_lower = {known.lower(): known for known in MODEL_NAMES}
     if name.lower() in by_lower:
         return MODEL_NAMES[by_lower[name.lower()]]
-    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    hint = f"did you mean '{by_lower[close[0]]}'?" if close else "names look like 'SiT-S/2' or 'DiT-XL/2'."
+    stem = name.lower().rpartition("/")[0]
+    # Of a known size, the patches that are used most.
+    close = (
+        [f"{stem}/2", f"{stem}/4"] if f"{stem}/2" in by_lower else difflib.get_close_matches(name.lower(), by_lower, 1)
+    )
+    hint = "names look like 'SiT-S/2' or 'DiT-XL/2'."
+    if close:
+        hint = f"did you mean {' or '.join(repr(by_lower[found]) for found in close)}?"
     raise ConfigError(f"There is no model '{name}': {hint}")
 
 

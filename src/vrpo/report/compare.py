@@ -292,7 +292,7 @@ def _result_line(comparison: Comparison, row: EqualQuality) -> str:
     if row.images.reached < row.images.n:
         return f"{row.group.label} reaches {goal} in {row.images.reached} of {row.images.n} seeds {scores}"
     if row.images.ratio is None:
-        return f"{row.group.label} reaches {goal} too early to tell how much sooner {scores}"
+        return f"{row.group.label} reaches {goal}, too early to tell how much sooner {scores}"
     parts = [_sooner(row.images, "fewer images", "more images", "the same number of images")]
     if row.seconds is not None and row.seconds.ratio is not None:
         parts.append(_sooner(row.seconds, "less time", "more time", "the same time"))
