@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from variants import Variant
+from vrpo.config import RunConfig
 from vrpo.report.curves import Interval, interval
 from vrpo.report.formats import score as print_score
 from vrpo.report.formats import with_interval
 from vrpo.report.measures import measure_curves, number, training_cost
-from vrpo.runs import Run
+from vrpo.runs import Run, flatten
 
 COSTS = ("seconds", "images_per_second", "memory_mb", "objective_share", "target_share", "data_wait")
 FACTS = ("vrpo", "torch", "machine", "device", "parameters", "encoders")
@@ -34,6 +35,7 @@ def run_record(folder: Path, variant: Variant, seed: int) -> dict[str, Any]:
         "objective": variant.objective,
         "changes": variant.changes,
         "seed": seed,
+        "config": chosen(run.config),
         "images": cost.pop("images"),
         **cost,
         "training_alignment": aligned[-1] if aligned else None,
@@ -56,6 +58,16 @@ def run_record(folder: Path, variant: Variant, seed: int) -> dict[str, Any]:
         ],
         **{name: run.info.get(name) for name in FACTS},
         "data": {key: value for key, value in (run.info.get("data") or {}).items() if key != "path"},
+    }
+
+
+def chosen(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a configuration has beside the defaults, by dotted key; of a file or folder its name alone."""
+    usual = flatten(RunConfig().model_dump(mode="json"))
+    return {
+        key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        for key, value in flatten(config).items()
+        if key not in ("name", "seed") and usual.get(key) != value
     }
 
 

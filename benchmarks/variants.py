@@ -38,6 +38,7 @@ def _sampled(name: str, about: str, **changes: str | float | bool) -> Variant:
 
 
 SCAFFOLD = {"align.scaffold.supply": "advantage"}
+ALWAYS = {"align.scaffold.internalise": "always"}
 _TABLE = [
     Variant("none", "none", {}, "plain denoising"),
     Variant("repa", "repa", {}, "the baseline"),
@@ -45,12 +46,14 @@ _TABLE = [
     Variant("contrastive", "contrastive", {}, "InfoNCE against other images"),
     Variant("haste", "haste", {}, "REPA and attention alignment, ended at 40% of the budget"),
     Variant("repi", "repi", {}, "REPA and a scaffold under a clock"),
+    Variant("repi-always", "repi", ALWAYS, "REPI that internalises from the beginning"),
     Variant("reg", "reg", {}, "REPA and a representation token"),
     Variant("repi-reg", "repi", {"align.token.use": "True"}, "both"),
     Variant(
         "reg-noisings-4", "reg", {"train.noisings": "4", "align.token.pair": "time"}, "REG, 4 noisings of one time"
     ),
     Variant("vrpo-scaffold", "vrpo", SCAFFOLD, "VRPO and the scaffold by advantage"),
+    Variant("vrpo-scaffold-always", "vrpo", SCAFFOLD | ALWAYS, "the same, which internalises from the beginning"),
     Variant("vrpo-clock", "vrpo", {"align.scaffold.supply": "clock"}, "VRPO and REPI's scaffold"),
     Variant("vrpo-token", "vrpo", {"align.token.use": "True"}, "VRPO and a representation token"),
     Variant("vrpo-scaffold-token", "vrpo", SCAFFOLD | {"align.token.use": "True"}, "VRPO, both inside the trunk"),

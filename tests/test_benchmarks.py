@@ -298,6 +298,24 @@ def test_objectives_repeated_starts_nothing(finished: Path, monkeypatch: pytest.
     assert (finished / "summary.md").read_text() == before
 
 
+def test_a_record_s_configuration_makes_the_same_run_again(finished: Path) -> None:
+    from vrpo.config import RunConfig
+    from vrpo.config_load import build_config
+
+    _, jobs = load("objectives").read(words_of(finished))
+    for job in jobs:
+        kept = json.loads(job.record.read_text("utf-8"))["config"]
+        assert "/" not in kept["data.path"]
+        words = [word for key, value in kept.items() for word in (f"--{key}", str(value))]
+        again = build_config({}, words, "record").model_dump()
+        wanted = job.config.model_dump()
+        for path in ("path", "validation"):
+            assert str(again["data"].pop(path)) == wanted["data"].pop(path).name
+        del wanted["name"], again["name"]
+        assert again == wanted
+        assert again != {**RunConfig().model_dump(), "data": again["data"]}
+
+
 def test_objectives_refuses_another_budget(finished: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.images 512 and is now asked for with 1024"):
         load("objectives").main([*words_of(finished), "--images", "1024"])

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 
 # A room (a package or a module right below `vrpo`) may import the rooms of lines above its own, and no others.
 LAYERS = (
-    ("vrpo", "errors", "presets", "randomness"),
+    ("vrpo", "errors", "presets", "randomness", "wording"),
     ("devices", "files", "free_keys", "mapped", "pixels", "processes", "untrusted"),
     ("config",),
     ("checkpoints", "config_load", "runs"),
@@ -21,7 +21,7 @@ LAYERS = (
     ("decoding",),
     ("evaluation", "sampling"),
     ("report", "training"),
-    ("display", "planning"),
+    ("display", "planning", "publish"),
     ("demo",),
     ("commands",),
     ("cli",),

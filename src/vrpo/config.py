@@ -222,10 +222,13 @@ class ScaffoldConfig(Section):
     steps: Count = Field(0, description="clock: optimiser steps until the block is on its own; 0: by share.")
     share: float = Field(0.3, gt=0, le=1, description="clock: share of the budget until the block is on its own.")
     weight: float = Field(2.0, ge=0, description="Weight of the internalisation loss.")
+    internalise: Literal["after", "always"] = Field(
+        "after", description="When the block's own keys and values are pulled: once they are used (REPI), or always."
+    )
     time_bins: int = Field(10, ge=1, description="advantage: bins of time that change hands one by one.")
     fraction: float = Field(0.0625, gt=0, le=1, description="advantage: share of the images that try both suppliers.")
-    growth: float = Field(0.05, ge=0, description="advantage: growth beyond its best, as a share, that counts.")
-    patience: int = Field(3, ge=1, description="advantage: looks in a row without growth before a bin changes hands.")
+    growth: float = Field(0.05, ge=0, description="advantage: growth since it last grew, as a share, that counts.")
+    patience: int = Field(5, ge=1, description="advantage: looks in a row without growth before a bin changes hands.")
     earliest: float = Field(0.05, ge=0, le=1, description="advantage: share of the budget before which none does.")
     latest: float = Field(0.5, gt=0, le=1, description="advantage: share of the budget after which all have.")
 

@@ -8,23 +8,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from vrpo.untrusted import printable
+from vrpo.wording import clock
 
 if TYPE_CHECKING:
     from vrpo.training.trainer import Report
 
 PLAIN_SECONDS = 10.0
-
-
-def clock(seconds: float) -> str:
-    """Return seconds as "1:02:03" or "2:03"."""
-    whole = max(0, round(seconds))
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
-
-
-def counted(count: int, one: str, many: str) -> str:
-    """Return "1 image" or "2,000 images"."""
-    return f"{count:,} {one if count == 1 else many}"
 
 
 class TrainingDisplay:

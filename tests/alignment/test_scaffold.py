@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from toy import BATCH, CHANNELS, HIDDEN, SIDE, TOKENS, WIDTH, Data, trunk
 
+from vrpo.alignment import scaffold as scaffold_module
 from vrpo.alignment.build import TrunkShape, build_objective, scaffold_depth
 from vrpo.alignment.objective import Objective, TargetBatch
 from vrpo.alignment.scaffold import WithScaffold
@@ -95,8 +96,8 @@ def test_repi_supplies_keys_and_values_then_internalises_them() -> None:
     t = draws.uniforms
     column = t.view(-1, 1, 1, 1)
     x, target = (1 - column) * data.clean + column * draws.noise, draws.noise - data.clean
-    for phase in ("encoder", "own"):
-        objective = scaffold({"weight": 0, "scaffold": {"steps": 1}})
+    for phase, internalise in (("encoder", "after"), ("encoder", "always"), ("own", "after"), ("own", "always")):
+        objective = scaffold({"weight": 0, "scaffold": {"steps": 1, "internalise": internalise}})
         if phase == "own":
             objective.update()
         key, value = (
@@ -106,7 +107,8 @@ def test_repi_supplies_keys_and_values_then_internalises_them() -> None:
         gaps: list[Tensor] = []
         tap = partial(by_hand, phase, key, value, gaps)
         output = net(x, t, data.labels, Taps(attention={1: tap}))
-        expected = (output - target).square().mean() + (2 * gaps[0] if phase == "own" else 0)
+        pulled = phase == "own" or internalise == "always"
+        expected = (output - target).square().mean() + (2 * gaps[0] if pulled else 0)
         expected.backward()
         wanted = {name: p.grad for name, p in net.named_parameters()}
         projected = objective.key_projection.weight.grad
@@ -210,16 +212,70 @@ def look(objective: WithScaffold, advantages: list[float], seen: int) -> None:
 
 def test_a_bin_changes_hands_when_its_advantage_stalls() -> None:
     objective = scaffold({"scaffold": {"supply": "advantage", "time_bins": 3, "patience": 2, "earliest": 0.04}})
-    series = [[0.1, 0.1, -0.1], [0.2, 0.1, -0.1], [0.3, 0.2, -0.2], [0.4, 0.19, -0.1], [0.5, 0.2, -0.1]]
+    # By bin: grows; stalls once, grows, then falls back; of no use.
+    series = [[0.1, 0.1, -0.1], [0.2, 0.1, -0.1], [0.3, 0.3, -0.2], [0.4, 0.1, -0.1], [0.5, 0.1, -0.1]]
     owned = []
     for index, advantages in enumerate(series):
         look(objective, advantages, index + 1)
         owned.append(objective.own.tolist())
-    # The third is of no use and waits for the earliest time only; the second stalls once, grows, and stalls twice.
+    # The third waits for the earliest time only.
     assert owned == [[0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 1, 1]]
     look(objective, [0.6, 9.0, 9.0], 6)
     assert objective.own.tolist() == [0, 1, 1], "a hand-over is for good"
     assert objective.handed_at.tolist()[1:] == [5, 4]
+    assert objective.ruled.tolist() == [0, 1, 1]
+    objective._hand_over(torch.ones(3), 7)
+    assert objective.ruled.tolist() == [0, 1, 1], "what the latest time ends, the rule has not decided"
+
+
+def handed_over_at(advantages: list[float], **settings: Any) -> int | None:
+    """Return the look, from 1, at which a scaffold of one time bin that sees these advantages is handed over."""
+    rule = {"supply": "advantage", "time_bins": 1, "earliest": 0.0, "latest": 1.0, **settings}
+    objective = scaffold({"scaffold": rule})
+    for index, advantage in enumerate(advantages):
+        look(objective, [advantage], index)
+        if objective.own.item():
+            return index + 1
+    return None
+
+
+def by_definition(advantages: list[float], growth: float, patience: int) -> int | None:
+    """The rule of docs/method.md for one time bin, written out."""
+    smooth, best, stalled = advantages[0], 0.0, 0
+    for index, advantage in enumerate(advantages):
+        smooth = 0.7 * smooth + 0.3 * advantage
+        if smooth > best * (1 + growth):
+            best, stalled = smooth, 0
+        else:
+            stalled += 1
+        if stalled == patience:
+            return index + 1
+    return None
+
+
+def test_the_rule_is_its_definition() -> None:
+    draws = torch.Generator().manual_seed(5)
+    found = set()
+    for _ in range(20):
+        noise = 0.03 * torch.randn(60, generator=draws)
+        advantages = (0.1 * (1 - torch.exp(-torch.arange(60) / 15)) + noise).tolist()
+        look = handed_over_at(advantages, growth=0.1, patience=4)
+        assert look == by_definition(advantages, 0.1, 4)
+        found.add(look)
+    assert len(found) > 3, "the cases decide alike whatever the rule"
+
+
+def test_slow_growth_is_growth_and_noise_is_none() -> None:
+    assert handed_over_at([0.002 * look for look in range(1, 51)]) is None, "half a budget of steady growth"
+    # Time constant 5 looks, noise of a fifth of the end: it levels off after some ten looks.
+    draws = torch.Generator().manual_seed(1)
+    looks = [
+        handed_over_at((0.1 * (1 - torch.exp(-torch.arange(50) / 5)) + noise).tolist())
+        for noise in 0.02 * torch.randn(40, 50, generator=draws)
+    ]
+    assert all(look is not None for look in looks)
+    middle = sorted(look for look in looks if look is not None)[20]
+    assert 12 <= middle <= 25
 
 
 def test_few_trials_decide_nothing() -> None:
@@ -271,3 +327,36 @@ def test_the_block_lies_before_the_aligned_one() -> None:
     assert scaffold_depth(AlignConfig(depth=(1,)), "N", 4) == 1
     with pytest.raises(ConfigError, match=r"align\.scaffold\.depth 9"):
         make({"scaffold": {"depth": 9}})
+    with pytest.raises(ConfigError, match=r"align\.scaffold\.depth 3 lies above block 2, .* use 2 or less"):
+        make({"scaffold": {"depth": 3}})
+
+
+def test_internalisation_is_weighted_by_the_gate() -> None:
+    gated = {**PURE, "gate": True}
+    found = {}
+    for weight in (0.0, 2.0):
+        objective = scaffold(
+            {"objective": "vrpo", "vrpo": gated, "scaffold": {"supply": "clock", "steps": 1, "weight": weight}}
+        )
+        objective.update()
+        policy = objective.objective._policies()[0]
+        bins = torch.linspace(-0.08, 0.02, 10)
+        policy.statistics.count.fill_(1.0)
+        policy.statistics.total[policy.statistics.names.index("agreement")] = bins
+        gaps: list[Tensor] = []
+        loss = scaffold_module.__dict__["_gap"]
+
+        def kept(own: Tensor, given: Tensor, loss: Any = loss, gaps: list[Tensor] = gaps) -> Tensor:
+            gaps.append(loss(own, given).detach())
+            return loss(own, given)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scaffold_module, "_gap", kept)
+            found[weight] = backward(trunk(), objective, 0), sum(gaps)
+    draws = draw_step(
+        0, 0, count=BATCH, shape=(CHANNELS, SIDE, SIDE), noisings=1, label_dropout=0, device=torch.device("cpu")
+    )
+    omega = (1 + bins[(draws.uniforms * 10).long()] / 0.1).clamp(0.1, 1)
+    assert omega.min() < 0.5
+    expected = 2 * (omega * found[2.0][1]).mean()
+    assert found[2.0][0] - found[0.0][0] == pytest.approx(expected.item(), rel=1e-4)

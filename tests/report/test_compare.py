@@ -253,6 +253,25 @@ def test_variants_are_labelled_by_what_sets_them_apart(make_run: MakeRun, tmp_pa
     assert set(found.differences) == {"align.vrpo.gate", "align.weight"}
 
 
+def test_what_acts_inside_the_trunk_is_part_of_a_group_s_name(make_run: MakeRun, tmp_path: Path) -> None:
+    parts = {
+        "vrpo": {},
+        "vrpo + scaffold": {"scaffold": {"supply": "advantage"}},
+        "vrpo + clock scaffold": {"scaffold": {"supply": "clock"}},
+        "vrpo + token": {"token": {"use": True}},
+        "vrpo + token policy": {"token": {"use": True, "tau": 1.0}},
+        "vrpo + scaffold + token": {"scaffold": {"supply": "advantage"}, "token": {"use": True}},
+    }
+    runs = [
+        make_run(str(index), "vrpo", samples=False, evaluations=2, config={"align": align})
+        for index, align in enumerate(parts.values())
+    ]
+    own = {"scaffold": {"supply": "clock"}, "token": {"use": True}}
+    runs += [make_run(name, name, samples=False, evaluations=2, config={"align": own}) for name in ("repi", "reg")]
+    found = compare(runs, tmp_path / "r.html", baseline="vrpo")
+    assert [group.label for group in found.groups] == [*parts, "repi + token", "reg + clock scaffold"]
+
+
 def test_where_and_by_what_a_run_was_made_is_no_other_experiment(make_run: MakeRun, tmp_path: Path) -> None:
     def trained(name: str, seed: int, weights: str = "9f3c" * 16, held_out: str = "11" * 32) -> Path:
         here = f"/machine-{name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from vrpo.report.compare import compare
 from vrpo.report.policy import policy_sentences
 from vrpo.report.telemetry import classify
 from vrpo.runs import Run
+
+RULED = {"rule": [1.0, 1.0], "limit": [1.0, 0.0]}
 
 
 def with_logs(folder: Path, add: Callable[[float], dict[str, Any]], objective: str = "repa") -> Path:
@@ -50,6 +53,17 @@ def test_three_sentences_say_what_scaffold_and_token_did(tmp_path: Path) -> None
     assert gaps[0] > gaps[1] > 0.4
     assert "representation token went from 0.99" in third
     assert third.endswith("to 0.502.")
+
+
+def test_a_scaffold_that_the_limit_ended_is_not_said_to_have_followed_its_gain(tmp_path: Path) -> None:
+    def add(share: float, ruled: list[float]) -> dict[str, Any]:
+        return {**scaffold(share), "scaffold_ruled": ruled}
+
+    runs = {name: with_logs(tmp_path / name, partial(add, ruled=ruled)) for name, ruled in RULED.items()}
+    (rule, *_), (limit, *_) = (policy_sentences([Run(run)]) for run in runs.values())
+    assert "while that gained" in rule
+    assert "while that gained" not in limit
+    assert limit.endswith("in 1 of 2 time bins the limit align.scaffold.latest ended this, not the rule.")
 
 
 def test_a_scaffold_that_never_ended_says_so(tmp_path: Path) -> None:
@@ -100,5 +114,11 @@ def test_the_report_holds_sentences_and_heat_maps(tmp_path: Path) -> None:
 
 
 def test_roles_of_the_scaffold_s_logs() -> None:
-    roles = {name: classify(f"objective/scaffold_{name}").role for name in ("advantage", "encoder", "handed_at", "gap")}
-    assert roles == {"advantage": "advantage", "encoder": "supply", "handed_at": "image count", "gap": "other"}
+    roles = {name: classify(f"objective/scaffold_{name}").role for name in ("advantage", "encoder", "gap")}
+    assert roles == {"advantage": "advantage", "encoder": "supply", "gap": "other"}
+    assert {classify(f"objective/scaffold_{name}").role for name in ("handed_at", "ruled")} == {"hand-over"}
+
+
+def test_the_token_s_logs_are_no_rewards() -> None:
+    for name in ("token_loss", "token_spread", "token_evenness"):
+        assert classify(f"objective/{name}").role == "other"

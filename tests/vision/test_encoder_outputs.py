@@ -199,12 +199,15 @@ def test_the_cache_stores_what_the_encoder_was_loaded_for(tmp_path: Path, memory
     assert set(other.identity["stored"]) == {"tokens", "keys", "values"}  # type: ignore[arg-type]
 
 
-def test_tokens_that_serve_as_keys_are_stored_once(tmp_path: Path, memory_rows: Any) -> None:
-    encoder = load_encoder("mobilenetv2_050", weights="random", grid=2, keys_values=True)
+def test_what_is_made_of_the_tokens_is_not_stored_beside_them(tmp_path: Path, memory_rows: Any) -> None:
+    encoder = load_encoder("mobilenetv2_050", weights="random", grid=2, keys_values=True, class_token=True)
     plain = load_encoder("mobilenetv2_050", weights="random", grid=2)
     rows = memory_rows(random_images(3, 16), None)
-    cache = TokenCache(tmp_path, encoder, rows, flips=False).build()
-    assert TokenCache(tmp_path, plain, rows, flips=False).complete
-    found = cache.split(cache.read(np.arange(2)))
+    cache = TokenCache(tmp_path, plain, rows, flips=False).build()
+    assert cache.split(cache.read(np.arange(2)))[1:] == (None, None, None)
+    whole = TokenCache(tmp_path, encoder, rows, flips=False)
+    assert whole.complete
+    found, online = whole.split(whole.read(np.arange(2))), encoder.outputs(rows.images[:2])
     assert found.keys is found.tokens
-    assert found.class_token is None
+    assert found.values is found.tokens
+    torch.testing.assert_close(found.class_token, online.class_token, atol=1e-3, rtol=1e-3)

@@ -69,7 +69,6 @@ def build_objective(
     objective = _build_side(config, trunk, encoder_widths)
     if supply != "none":
         depth = scaffold_depth(config, trunk.size, trunk.depth)
-        check_depths("align.scaffold.depth", (depth,), trunk.depth)
         key_width, value_width = key_value_widths
         objective = WithScaffold(
             objective,
@@ -87,9 +86,19 @@ def build_objective(
 
 
 def scaffold_depth(config: AlignConfig, model_size: str, model_depth: int) -> int:
-    """Return the block, counted from 1, whose keys and values are supplied: by default half the alignment depth."""
+    """Return the block, counted from 1, whose keys and values are supplied: by default half the alignment depth.
+
+    Raises:
+        ConfigError: the model does not have it, or it lies above the first aligned block.
+    """
     aligned = min(config.depth or (default_depth(model_size, model_depth),))
-    return config.scaffold.depth or max(1, aligned // 2)
+    depth = config.scaffold.depth or max(1, aligned // 2)
+    check_depths("align.scaffold.depth", (depth,), model_depth)
+    if depth > aligned and config.side != "none":
+        raise ConfigError(
+            f"align.scaffold.depth {depth} lies above block {aligned}, whose tokens are aligned: use {aligned} or less."
+        )
+    return depth
 
 
 def _build_side(config: AlignConfig, trunk: TrunkShape, encoder_widths: Sequence[int]) -> Objective:

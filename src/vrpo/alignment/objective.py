@@ -108,6 +108,10 @@ class Objective(nn.Module):
         """
         return None
 
+    def gate(self, time: Tensor) -> Tensor | None:
+        """Return the weight omega (B,) of alignment at times (B,), from the steps before this one; None: all 1."""
+        return None
+
     def token_loss(self, image_losses: Tensor, token_losses: Tensor) -> Tensor:
         """Return the scalar to add for the representation token, from each image's detached denoising loss and its
         token's (B,): by default the tokens' mean.
@@ -155,6 +159,10 @@ class Wrapper(Objective):
     def loss(self, predict_clean: Callable[[], Tensor]) -> Tensor | None:
         """Return the inner objective's loss."""
         return self.objective.loss(predict_clean)
+
+    def gate(self, time: Tensor) -> Tensor | None:
+        """Return the inner objective's weight of alignment at each time."""
+        return self.objective.gate(time)
 
     def token_loss(self, image_losses: Tensor, token_losses: Tensor) -> Tensor:
         """Return the inner objective's loss of the representation token."""

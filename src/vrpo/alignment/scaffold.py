@@ -5,6 +5,7 @@ Under a clock that is REPI ("Scaffold then Internalize", 2026); by advantage, VR
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,18 +24,22 @@ from vrpo.randomness import mix
 # How often, as a share of the budget, the advantage's growth is looked at, and the trials that a time bin needs for it.
 CHECK_SHARE = 0.01
 CHECK_TRIALS = 32
+# The weight of a look in the smoothed advantage: one look's noise is as large as several looks' growth.
+SMOOTHING = 0.3
 
 
 @dataclass(frozen=True)
 class _Step:
     """A micro-batch between ``taps`` and ``observe``: whose turn each image is, and what internalising costs it.
 
-    ``own`` (B,) is 1 where the block uses its own keys and values; ``mixed`` tells whether both kinds occur.
+    ``own`` (B,) is 1 where the block uses its own keys and values, ``pulled`` (B,) where these are pulled to the
+    encoder's; ``mixed`` tells whether both kinds of suppliers occur.
     """
 
     batch: AlignmentBatch
     time_bin: Tensor
     own: Tensor
+    pulled: Tensor
     any_own: bool
     mixed: bool
     gaps: list[Tensor]
@@ -44,23 +49,26 @@ class WithScaffold(Wrapper):
     """An objective and, inside one block, keys and values supplied by linear projections of the encoder's.
 
     The supplier of an image's keys and values is chosen by its time bin: at first the encoder everywhere, in the end
-    the block itself everywhere. Where the block supplies, ``weight (mean|K - sg K_e|^2 + mean|V - sg V_e|^2)`` pulls
-    its own to the encoder's. The projections belong to the objective: the transformer stays a plain one.
+    the block itself everywhere. Where the block supplies, or from the beginning if ``internalise`` is ``always``,
+    ``weight omega(t) (mean|K - sg K_e|^2 + mean|V - sg V_e|^2)`` pulls its own to the encoder's, with omega the inner
+    objective's gate. The projections belong to the objective: the transformer stays a plain one.
 
     Under supply ``clock`` all bins change hands at once. Under ``advantage``, on every ``1 / fraction``-th image of a
     step the other supplier is tried too, on the same noise and time and without gradient; ``A = L_own - L_encoder`` is
-    the encoder's advantage. A bin changes hands, for good, when its advantage has not grown beyond its best by the
-    share ``growth`` in ``patience`` looks in a row, not before the share ``earliest`` of the budget and not after
-    ``latest``.
+    the encoder's advantage, smoothed over looks. A bin changes hands, for good, when in ``patience`` looks in a row its
+    advantage has not grown by the share ``growth`` beyond what it was when it last grew, not before the share
+    ``earliest`` of the budget and not after ``latest``.
     """
 
     own: Tensor
     steps: Tensor
+    smooth: Tensor
     best: Tensor
     growth: Tensor
     stalled: Tensor
     trials: Tensor
     handed_at: Tensor
+    ruled: Tensor
 
     def __init__(
         self,
@@ -86,11 +94,13 @@ class WithScaffold(Wrapper):
         self.statistics = RunningMeans(["advantage", "gap"], bins)
         self.register_buffer("own", torch.zeros(bins))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("smooth", torch.full((bins,), torch.nan))
         self.register_buffer("best", torch.zeros(bins))
         self.register_buffer("growth", torch.zeros(bins))
         self.register_buffer("stalled", torch.zeros(bins))
         self.register_buffer("trials", torch.zeros(2, bins))
         self.register_buffer("handed_at", torch.full((bins,), torch.nan))
+        self.register_buffer("ruled", torch.zeros(bins))
         # The host's copy of the buffers ``own`` and ``steps``; None: to be read.
         self._known: tuple[tuple[bool, ...], int] | None = None
         self.register_load_state_dict_post_hook(_forget)
@@ -108,7 +118,9 @@ class WithScaffold(Wrapper):
         owned, _ = self._read()
         time_bin = time_bins(batch.time, self.config.time_bins)
         mixed = any(owned) and not all(owned)
-        self._step = step = _Step(batch, time_bin, self.own[time_bin], any(owned), mixed, [])
+        own = self.own[time_bin]
+        pulled = torch.ones_like(own) if self.config.internalise == "always" else own
+        self._step = step = _Step(batch, time_bin, own, pulled, any(owned), mixed, [])
         supply: AttentionTap = partial(self._supply, step)
         before = inner.attention.get(self.depth)
         if before is not None:
@@ -116,14 +128,16 @@ class WithScaffold(Wrapper):
         return Taps(tokens=inner.tokens, attention={**inner.attention, self.depth: supply})
 
     def loss(self, predict_clean: Callable[[], Tensor]) -> Tensor | None:
-        """Return the inner objective's loss plus what internalising costs the images whose block is on its own."""
+        """Return the inner objective's loss plus what internalising costs the images whose block does it."""
         total = super().loss(predict_clean)
         step = self._step
         if step is None or not step.gaps:
             return total
         (gap,) = step.gaps
-        self.statistics.observe({"gap": (gap.detach(), step.own > 0)}, step.time_bin)
-        internalised = self.config.weight * (gap * step.own).mean()
+        self.statistics.observe({"gap": (gap.detach(), step.pulled > 0)}, step.time_bin)
+        gate = self.objective.gate(step.batch.time)
+        pull = step.pulled if gate is None else step.pulled * gate
+        internalised = self.config.weight * (gap * pull).mean()
         return internalised if total is None else total + internalised
 
     def observe(self, losses: Tensor, rerun: Rerun) -> None:
@@ -151,7 +165,8 @@ class WithScaffold(Wrapper):
 
     def logs(self) -> dict[str, Tensor]:
         """Return the inner objective's logs and, by time bin: the encoder's advantage and its growth at the last look,
-        the gap between own and supplied, who supplies (1: encoder), and after how many images it changed.
+        the gap between own and supplied, who supplies (1: encoder), after how many images it changed, and whether the
+        rule decided that (1) or the latest time (0).
         """
         logs = super().logs()
         taken = self.statistics.take()
@@ -160,6 +175,7 @@ class WithScaffold(Wrapper):
         if self.by_advantage:
             logs["scaffold_advantage"] = binned(*taken["advantage"])
             logs["scaffold_growth"] = self.growth.clone()
+            logs["scaffold_ruled"] = self.ruled.clone()
         logs["scaffold_gap"] = binned(*taken["gap"])
         logs["scaffold_encoder"] = 1 - self.own
         logs["scaffold_handed_at"] = self.handed_at.clone()
@@ -200,17 +216,22 @@ class WithScaffold(Wrapper):
             self._known = (True,) * len(owned), steps
 
     def _look(self, seen: int, budget: int) -> None:
-        """Compare the advantage since the last look to its best, in the bins that had enough trials."""
+        """Compare the advantage to what it was when it last grew, in the bins that had enough trials."""
         total, count = self.trials
         enough = count >= CHECK_TRIALS
         advantage = total / count.clamp_min(1)
+        advantage = torch.where(self.smooth.isnan(), advantage, self.smooth.lerp(advantage, SMOOTHING))
         grew = advantage > self.best * (1 + self.config.growth)
         self.growth.copy_(torch.where(enough, advantage - self.best, self.growth))
         self.stalled.copy_(torch.where(enough, torch.where(grew, 0.0, self.stalled + 1), self.stalled))
-        self.best.copy_(torch.where(enough, torch.maximum(self.best, advantage), self.best))
+        # Growth too small to count stays to be counted with the next look's: slow growth is growth.
+        self.best.copy_(torch.where(enough & grew, advantage, self.best))
+        self.smooth.copy_(torch.where(enough, advantage, self.smooth))
         self.trials *= ~enough
         if seen >= self.config.earliest * budget:
-            self._hand_over((self.stalled >= self.config.patience).float(), seen)
+            stalled = (self.stalled >= self.config.patience).float()
+            self.ruled.copy_(torch.where((stalled > 0) & (self.own == 0), 1.0, self.ruled))
+            self._hand_over(stalled, seen)
             self._known = None
 
     def _hand_over(self, bins: Tensor, seen: int) -> None:
@@ -230,6 +251,8 @@ class WithScaffold(Wrapper):
         batch = step.batch
         if not step.any_own:
             key, value = self._encoder(batch, k.dtype)
+            if self.config.internalise == "always":
+                step.gaps.append(_gap(k, key) + _gap(v, value))
             return q, _put(k, key), _put(v, value)
         with torch.set_grad_enabled(step.mixed and torch.is_grad_enabled()):
             key, value = self._encoder(batch, k.dtype)
@@ -253,6 +276,12 @@ class WithScaffold(Wrapper):
             for projection, given in parts
         )
         return key, value
+
+
+def looks_before_latest(config: ScaffoldConfig, budget: int) -> int:
+    """Return how often a time bin's advantage is looked at before ``latest`` in a budget of so many images."""
+    trials = CHECK_SHARE * budget * config.fraction / config.time_bins
+    return int(config.latest / CHECK_SHARE / math.ceil(CHECK_TRIALS / trials))
 
 
 def _put(own: Tensor, given: Tensor, keep: Tensor | None = None) -> Tensor:

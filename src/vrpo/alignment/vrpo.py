@@ -118,6 +118,14 @@ class Vrpo(Repa):
         left = max(0.0, 1 - images_seen / warmup) if warmup > 0 else 0.0
         return end + (1 - end) * left
 
+    @torch.no_grad()
+    def gate(self, time: Tensor) -> Tensor | None:
+        """Return omega (B,) at times (B,), the mean over heads; None where the gate is off."""
+        if not self.vrpo.gate:
+            return None
+        time_bin = time_bins(time, self.vrpo.time_bins)
+        return torch.stack([policy.gate()[time_bin] for policy in self._policies()]).mean(0)
+
     def taps(self, batch: AlignmentBatch) -> Taps:
         """Return taps that act on the tokens after each aligned block."""
         if self.repa_only:

@@ -13,8 +13,8 @@ from tyro.conf import Positional
 from vrpo.commands.outputs import check_output, check_page, tell
 from vrpo.commands.parse import parse
 from vrpo.config import Count, Positive, Seed
-from vrpo.display import counted
 from vrpo.processes import ALONE, World, connect
+from vrpo.wording import counted
 
 if TYPE_CHECKING:
     import torch

@@ -125,21 +125,35 @@ def group_runs(runs: Sequence[Run]) -> tuple[tuple[Group, ...], list[str]]:
     return tuple(_labelled(list(members.values()))), repeated
 
 
+def composition(run: Run) -> str:
+    """Return the objective and what acts inside the trunk beside it, such as "vrpo + scaffold + token policy"."""
+    keys, objective = flatten(run.config), run.objective
+    supply, token = keys.get("align.scaffold.supply", "auto"), keys.get("align.token.use")
+    parts = [objective]
+    if supply == "advantage" or (supply == "clock" and objective != "repi"):
+        parts.append("scaffold" if supply == "advantage" else "clock scaffold")
+    if keys.get("align.token.tau") is not None and (token or (token is None and objective == "reg")):
+        parts.append("token policy")
+    elif token and objective != "reg":
+        parts.append("token")
+    return " + ".join(parts)
+
+
 def _labelled(members: list[list[Run]]) -> list[Group]:
     groups: list[Group] = []
     for runs in members:
-        objective = runs[0].objective
-        rivals = [identity(other[0]) for other in members if other[0].objective == objective]
+        objective, named = runs[0].objective, composition(runs[0])
+        rivals = [identity(other[0]) for other in members if composition(other[0]) == named]
         details = []
         for key, value in identity(runs[0]).items():
             usual = Counter(repr(rival.get(key)) for rival in rivals).most_common(1)[0][0]
             if repr(value) != usual:
                 details.append(f"{key.split('.')[-1].replace('_', ' ')} {formats.plain(value)}")
-        label = f"{objective} ({', '.join(details)})" if 0 < len(details) <= 2 else objective
+        label = f"{named} ({', '.join(details)})" if 0 < len(details) <= 2 else named
         taken = {group.label for group in groups}
-        for candidate in (label, f"{objective} ({runs[0].name})", f"{objective} ({runs[0].path.name})"):
+        for candidate in (label, f"{named} ({runs[0].name})", f"{named} ({runs[0].path.name})"):
             label = candidate
-            if candidate not in taken and not (candidate == objective and details):
+            if candidate not in taken and not (candidate == named and details):
                 break
         while label in taken:
             label += "'"

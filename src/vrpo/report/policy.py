@@ -40,9 +40,14 @@ def _scaffold(runs: Sequence[Run]) -> str | None:
         return f"The encoder supplied keys and values and {when}."
     peak = np.where(np.isfinite(advantage.values), advantage.values, -np.inf).max(axis=1)
     where = int(np.argmax(peak))
+    gained = f"{peak[where]:.3g} of denoising loss at most (at times {_interval(where, len(peak))})"
+    ruled = _last_bins(runs, "scaffold_ruled")
+    if ruled is None or not len(times) or ruled[np.isfinite(handed)].all():
+        return f"The encoder supplied keys and values while that gained, {gained}, and {when}."
+    limited = int((ruled[np.isfinite(handed)] < 1).sum())
     return (
-        f"The encoder supplied keys and values while that gained, {peak[where]:.3g} of denoising loss at most "
-        f"(at times {_interval(where, len(peak))}), and {when}."
+        f"The encoder supplied keys and values, which gained {gained}, and {when}; in {limited} of {len(handed)} time "
+        "bins the limit align.scaffold.latest ended this, not the rule."
     )
 
 

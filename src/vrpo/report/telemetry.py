@@ -13,7 +13,7 @@ import numpy as np
 from vrpo.report.curves import Axis
 from vrpo.runs import Record, Run, number
 
-Role = Literal["reward mean", "reward spread", "agreement", "gate", "advantage", "supply", "image count", "other"]
+Role = Literal["reward mean", "reward spread", "agreement", "gate", "advantage", "supply", "hand-over", "other"]
 _PREFIX = "objective/"
 _MOST_BINS = 1000
 
@@ -31,6 +31,8 @@ def classify(name: str) -> Telemetry:
     """Read the role of an objective's log from the words of its name, such as ``reward_semantic``."""
     words = re.split(r"[/_.\-\s]+", name.removeprefix(_PREFIX).lower())
     label = " ".join(words)
+    if words[0] == "token":
+        return Telemetry(name, "other", label)
     if {"reward", "rewards", "spread"} & set(words):
         spread = bool({"spread", "std"} & set(words))
         plain = [word for word in words if word not in {"reward", "rewards", "mean", "spread", "std", "by", "time"}]
@@ -40,7 +42,8 @@ def classify(name: str) -> Telemetry:
             "advantage": "advantage",
             "growth": "advantage",
             "encoder": "supply",
-            "at": "image count",
+            "at": "hand-over",
+            "ruled": "hand-over",
         }
         return Telemetry(name, next((roles[word] for word in words if word in roles), "other"), label)
     if "agreement" in words:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from vrpo.alignment.build import TrunkShape, build_objective, check_depths
+from vrpo.alignment.build import TrunkShape, build_objective, check_depths, scaffold_depth
 from vrpo.alignment.image_distance import load_distance
 from vrpo.alignment.objective import Objective
-from vrpo.config import RunConfig
+from vrpo.alignment.scaffold import looks_before_latest
+from vrpo.config import RunConfig, ScaffoldConfig, TokenConfig
 from vrpo.data.shards import ShardedDataset
 from vrpo.devices import resolve_device
 from vrpo.diffusion.losses import Denoising
@@ -73,6 +74,8 @@ def check_config(config: RunConfig, world: World = ALONE) -> None:
     """
     kind, size, _ = parse_model_name(config.model.name)
     check_depths("align.depth", config.align.depth, SIZES[size].depth)
+    if config.align.supply != "none":
+        scaffold_depth(config.align, size, SIZES[size].depth)
     if kind == "DiT" and config.align.uses_token:
         raise ConfigError(
             f"align.token denoises a token by its velocity, and {config.model.name} has none: use a SiT, or "
@@ -96,8 +99,21 @@ def idle_settings(config: RunConfig) -> Iterator[str]:
         yield "No held-out loss will be measured: data.validation is not set."
     if config.train.evaluate_every and config.evaluate.features is None:
         yield "Samples will not be scored during training: evaluate.features is not set."
-    if config.align.uses_token and config.align.token.tau is not None and config.train.noisings == 1:
+    align = config.align
+    if not align.uses_token and align.token.model_copy(update={"use": None}) != TokenConfig():
+        yield "The settings of align.token do nothing: there is no token; --align.token.use True trains one."
+    elif align.uses_token and align.token.tau is not None and config.train.noisings == 1:
         yield "The token's weights are all one: align.token.tau compares an image's noisings, and train.noisings is 1."
+    scaffold = align.scaffold
+    if align.supply == "none" and scaffold.model_copy(update={"supply": "auto"}) != ScaffoldConfig():
+        yield "The settings of align.scaffold do nothing: the block supplies itself; see --align.scaffold.supply."
+    looks = looks_before_latest(scaffold, config.train.images)
+    if align.supply == "advantage" and looks <= scaffold.patience:
+        yield (
+            "The scaffold will be ended by align.scaffold.latest and not by its rule: until then a time bin is looked "
+            f"at {looks} times, and align.scaffold.patience is {scaffold.patience}; fewer align.scaffold.time_bins or "
+            "a larger align.scaffold.fraction give more looks."
+        )
 
 
 def open_data(path: Path | None, field: str) -> ShardedDataset:

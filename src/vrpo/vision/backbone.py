@@ -22,8 +22,8 @@ class EncoderOutput(NamedTuple):
     Attributes:
         tokens: (B, N, C_e).
         keys, values: of the layer that made the tokens, at the same N places, heads side by side, (B, N, C_k) and
-            (B, N, C_v); the tokens themselves where an encoder has no attention.
-        class_token: (B, C_e); the mean token where an encoder has none.
+            (B, N, C_v); of an encoder without attention the tokens themselves.
+        class_token: (B, C_e); of an encoder that has none the mean token.
     """
 
     tokens: Tensor
@@ -67,17 +67,18 @@ class Backbone(nn.Module):
     def tokens(self, images: Tensor) -> Tensor:
         """Return the tokens (B, n*n, C), row by row, of normalised images (B, 3, S, S)."""
 
-    def with_class_token(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the tokens and the class token (B, C), the mean token where there is none."""
-        tokens = self.tokens(images)
-        return tokens, tokens.mean(dim=1)
+    def with_class_token(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the tokens and the class token (B, C), None where there is none."""
+        return self.tokens(images), None
 
     def attention_block(self) -> nn.Module | None:
         """Return the block whose attention made the tokens; None for a network without attention over its grid."""
         return None
 
     def outputs(self, images: Tensor, *, keys_values: bool) -> EncoderOutput:
-        """Return tokens, class token and, where asked for, keys and values of normalised images (B, 3, S, S).
+        """Return tokens and, where there are any, class token and the keys and values asked for.
+
+        ``images`` are normalised, (B, 3, S, S).
 
         Raises:
             ConfigError: the keys and values cannot be read.
@@ -85,8 +86,7 @@ class Backbone(nn.Module):
         block = self.attention_block() if keys_values else None
         if block is None:
             tokens, class_token = self.with_class_token(images)
-            keys = values = tokens if keys_values else None
-            return EncoderOutput(tokens, keys, values, class_token)
+            return EncoderOutput(tokens, class_token=class_token)
         with read_keys_values(block, self.name) as found:
             tokens, class_token = self.with_class_token(images)
         # class and register tokens come first

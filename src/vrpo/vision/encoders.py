@@ -85,7 +85,8 @@ class Encoder(FeatureNetwork):
     Attributes (beside those of :class:`FeatureNetwork`): ``width`` (C_e), ``grid`` (tokens along a side),
     ``native_grid`` (the network's own at ``input_size``), ``resampled`` (whether the two differ),
     ``feature``, ``class_token`` and ``keys_values`` (whether ``outputs`` gives them), ``key_width`` (C_k) and
-    ``value_width`` (C_v), 0 without them, ``has_attention`` (whether they are more than the tokens again).
+    ``value_width`` (C_v), 0 without them, ``has_attention`` and ``has_class_token`` (whether those are more than the
+    tokens again and their mean).
     """
 
     def __init__(
@@ -107,9 +108,10 @@ class Encoder(FeatureNetwork):
         with torch.inference_mode(), self._precision(device):
             found = backbone.outputs(self._prepare(black), keys_values=keys_values)
         _, count, self.width = found.tokens.shape
-        self.key_width = 0 if found.keys is None else found.keys.shape[-1]
-        self.value_width = 0 if found.values is None else found.values.shape[-1]
-        self.has_attention = found.keys is not None and found.keys is not found.tokens
+        self.has_attention, self.has_class_token = found.keys is not None, found.class_token is not None
+        whole = self.completed(found)
+        self.key_width = 0 if whole.keys is None else whole.keys.shape[-1]
+        self.value_width = 0 if whole.values is None else whole.values.shape[-1]
         self.native_grid = round(count**0.5)
         self.resampled = self.native_grid != grid
 
@@ -139,16 +141,17 @@ class Encoder(FeatureNetwork):
         with torch.inference_mode(), self._precision(images.device):
             found = self.backbone.outputs(self._prepare(images), keys_values=self.keys_values)
             tokens = self._on_grid(found.tokens)
-            # without attention they are the tokens, and stay one tensor
-            keys = tokens if found.keys is found.tokens else self._on_grid(found.keys)
-            values = tokens if found.values is found.tokens else self._on_grid(found.values)
-        owned = _own(tokens)
-        return EncoderOutput(
-            owned,
-            owned if keys is tokens else _own(keys),
-            owned if values is tokens else _own(values),
-            _own(found.class_token) if self.class_token else None,
-        )
+            keys, values = self._on_grid(found.keys), self._on_grid(found.values)
+        class_token = found.class_token if self.class_token else None
+        return self.completed(EncoderOutput(_own(tokens), _own(keys), _own(values), _own(class_token)))
+
+    def completed(self, found: EncoderOutput) -> EncoderOutput:
+        """Return what was found with what its tokens serve for: keys, values, and by their mean the class token."""
+        if self.keys_values and found.keys is None:
+            found = found._replace(keys=found.tokens, values=found.tokens)
+        if self.class_token and found.class_token is None:
+            found = found._replace(class_token=found.tokens.mean(dim=1, dtype=torch.float32))
+        return found
 
     def _on_grid(self, tokens: _MaybeTensor) -> _MaybeTensor:
         return tokens if tokens is None or not self.resampled else resample_tokens(tokens, self.grid)

@@ -64,7 +64,7 @@ class TimmBackbone(Backbone):
             return network.forward_features(images)[:, network.num_prefix_tokens :]
         return self._map(images).flatten(2).transpose(1, 2)
 
-    def with_class_token(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def with_class_token(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         network: Any = self.network
         # registers alone are prefix tokens too
         if not self.patches or getattr(network, "cls_token", None) is None:

@@ -82,7 +82,7 @@ class TransformersBackbone(Backbone):
         states = self._forward(images)
         return states[:, self.prefix :] if states.ndim == 3 else states.flatten(2).transpose(1, 2)
 
-    def with_class_token(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def with_class_token(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.prefix:
             return super().with_class_token(images)
         states = self._forward(images)
