@@ -46,9 +46,9 @@ from vrpo.data.shards import Rows, ShardedDataset, write_atomically, write_shard
 from vrpo.data.sources import Entry, Source, open_source
 from vrpo.data.transforms import MAX_PIXELS
 from vrpo.data.workers import Decoded, decode_in_order, worker_count
-from vrpo.display import counted
 from vrpo.errors import ConfigError, DataError
 from vrpo.processes import ALONE, World
+from vrpo.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -148,13 +148,12 @@ class TokenCache:
         return found
 
     def split(self, rows: Tensor) -> EncoderOutput:
-        """Return the parts, still float16, of what ``read`` returned, wherever it was moved since."""
+        """Return the parts, what is stored still float16, of what ``read`` returned, wherever it was moved since."""
         sizes = [int(np.prod(shape)) for shape in self.stored.values()]
         parts = zip(self.stored.items(), rows.split(sizes, dim=1), strict=True)
-        found = {name: part.reshape(-1, *shape) for (name, shape), part in parts}
-        if self.encoder.keys_values and "keys" not in found:
-            found |= {"keys": found["tokens"], "values": found["tokens"]}
-        return EncoderOutput(**found)
+        return self.encoder.completed(
+            EncoderOutput(**{name: part.reshape(-1, *shape) for (name, shape), part in parts})
+        )
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
         """Compare every part with its recorded hash; of ``world_size`` processes, each takes its share.
@@ -243,11 +242,11 @@ class TokenCache:
 
 
 def _stored_shapes(encoder: Encoder) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each stored part of an ``EncoderOutput``; keys that are the tokens are not stored again."""
+    """Return the shape of each stored part of an ``EncoderOutput``; what is made of the tokens is not stored again."""
     tokens = encoder.grid**2
     shapes: dict[str, tuple[int, ...]] = {"tokens": (tokens, encoder.width)}
     if encoder.has_attention:
         shapes |= {"keys": (tokens, encoder.key_width), "values": (tokens, encoder.value_width)}
-    if encoder.class_token:
+    if encoder.class_token and encoder.has_class_token:
         shapes["class_token"] = (encoder.width,)
     return shapes
