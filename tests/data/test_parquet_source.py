@@ -16,6 +16,8 @@ from vrpo.data.sources import open_source
 from vrpo.data.transforms import decode
 from vrpo.errors import ConfigError, DataError
 
+CLASSES = ("cat", "dog", "eel")
+
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_parquet_of_the_hub(files: list[bytes], tmp_path: Path, workers: int) -> None:
@@ -74,6 +76,9 @@ def test_a_split_of_the_hub_that_is_ambiguous_or_incomplete_is_refused(files: li
 
 
 def test_parquet_that_cannot_be_used_is_one_sentence(files: list[bytes], tmp_path: Path, monkeypatch) -> None:
+    only = write_table(tmp_path / "only.parquet", table(files, 0, 3, image=None))
+    with pytest.raises(DataError, match=r"has no image column, .*: its columns are label\.$"):
+        open_source(only)
     plain = write_table(tmp_path / "plain.parquet", table(files, 0, 3, imag=["a", "b", "c"], image=None))
     with pytest.raises(DataError, match=r"has no image column, .*; did you mean 'imag'"):
         open_source(plain)
@@ -95,6 +100,46 @@ def test_parquet_that_cannot_be_used_is_one_sentence(files: list[bytes], tmp_pat
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError, match=r"pip install 'vrpo\[parquet\]'"):
         open_source(plain)
+
+
+def test_names_in_the_label_column_are_classes(files: list[bytes], tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    names = ["eel", "dog", "eel", "\u00e9l\u00e9phant"]
+    write_table(folder / "train-0.parquet", table(files, 0, 4, features=False, label=names))
+    encoded = pytest.importorskip("pyarrow").array(["cat", "eel"]).dictionary_encode()
+    write_table(folder / "train-1.parquet", table(files, 4, 6, features=False, label=encoded))
+    source = open_source(folder)
+    assert source.class_names == ("cat", "dog", "eel", "\u00e9l\u00e9phant")
+    assert [entry.label for entry in source.entries] == [2, 1, 2, 3, 0, 2]
+    with pytest.raises(DataError, match=r"row 'none.parquet/00000001' of .* has no label, as others have"):
+        open_source(write_table(tmp_path / "none.parquet", table(files, 0, 3, features=False, label=["a", None, "b"])))
+
+
+def test_a_name_that_all_rows_share_is_held_once(files: list[bytes], tmp_path: Path) -> None:
+    """A terabyte, were it held for every row."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows, name = 20_000, "x" * (50 << 20)
+    images = pa.StructArray.from_arrays([pa.array([f"{i:020d}".encode() for i in range(rows)])], ["bytes"])
+    label = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([name]))
+    made = pa.table({"image": images, "label": label})
+    parquet.write_table(made, tmp_path / "a.parquet", compression="none", store_schema=False)
+    source = open_source(tmp_path / "a.parquet")
+    assert (len(source.entries), source.class_names) == (rows, (name,))
+
+
+def test_a_number_is_taken_before_a_name(files: list[bytes], tmp_path: Path) -> None:
+    """As ImageNet's tables hold both."""
+    named = table(files, 0, 3, features=False, label=["a", "b", "c"], cls=[2, 0, 1])
+    assert [entry.label for entry in open_source(write_table(tmp_path / "a.parquet", named)).entries] == [2, 0, 1]
+
+
+def test_a_label_column_that_is_neither_numbers_nor_names_is_named(files: list[bytes], tmp_path: Path) -> None:
+    for number, values in enumerate(([0.5, 1.0, 2.0], [[0], [1], [2]])):
+        file = write_table(tmp_path / f"{number}.parquet", table(files, 0, 3, features=False, label=values))
+        with pytest.raises(
+            DataError, match=r"the column 'label' of '.*' holds (double|list.*), neither class numbers nor names"
+        ):
+            open_source(file)
 
 
 def write_bomb(path: Path, image: bytes, rows: int) -> Path:
@@ -166,9 +211,13 @@ print(tried)
 """
 
 
-def test_a_damaged_description_of_a_parquet_file_does_not_end_the_process(files: list[bytes], tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", [False, True])
+def test_a_damaged_description_of_a_parquet_file_does_not_end_the_process(
+    files: list[bytes], tmp_path: Path, named: bool
+) -> None:
     """pyarrow ends it with a signal where statistics of a column are damaged and the column is asked for."""
-    file = write_table(tmp_path / "train.parquet", table(files, 0, COUNT))
+    labels = {"label": [CLASSES[i % 3] for i in range(COUNT)]} if named else {}
+    file = write_table(tmp_path / "train.parquet", table(files, 0, COUNT, features=not named, **labels))
     done = subprocess.run([sys.executable, "-c", DAMAGED, str(file)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-500:]
     assert int(done.stdout) > 500

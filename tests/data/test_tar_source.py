@@ -87,6 +87,60 @@ def test_a_tar_that_does_not_match_is_named(files: list[bytes], tmp_path: Path, 
         open_source(write_tar(tmp_path / "images.tar", members))
 
 
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_class_number_goes_before_what_json_says_beside_it(files: list[bytes], tmp_path: Path, swap: bool) -> None:
+    members = {}
+    for i, told in enumerate(({"label": "cat"}, {"caption": "a cat"}, {"label": 2}, {"label": None}, ["a cat"])):
+        pair = {f"{i}.cls": str(i).encode(), f"{i}.json": json.dumps(told).encode()}
+        members |= {f"{i}.png": files[i]} | dict(sorted(pair.items(), reverse=swap))
+    source = open_source(write_tar(tmp_path / "images.tar", members))
+    assert [entry.label for entry in source.entries] == [0, 1, 2, 3, 4]
+    assert source.class_names == ("0", "1", "2", "3", "4")
+    members["3.json"] = b'{"label": 4}'
+    with pytest.raises(DataError, match=r"'3.(cls|json)' and '3.(json|cls)' of .* hold different classes \((3|4) and"):
+        open_source(write_tar(tmp_path / "images.tar", members))
+
+
+def test_metadata_beside_every_image_are_no_labels(files: list[bytes], tmp_path: Path) -> None:
+    """As img2dataset writes them."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(2):
+        members: dict[str, bytes] = {}
+        for i in range(3):
+            told = {"caption": "a cat", "status": "success", "similarity": float("nan")}
+            parts = {"png": files[i], "txt": b"a cat", "json": json.dumps(told).encode()}
+            members |= {f"{shard:05d}{i:04d}.{kind}": content for kind, content in parts.items()}
+        write_tar(folder / f"{shard:05d}.tar", members)
+    source = open_source(folder)
+    assert (len(source.entries), source.class_names, source.ignored) == (6, (), 12)
+    (folder / "00001.tar").rename(folder / "00002.tar")
+    with pytest.raises(DataError, match="number 1 of its parts is missing"):
+        open_source(folder)
+
+
+def test_metadata_without_a_label_among_labels_are_named(files: list[bytes], tmp_path: Path) -> None:
+    members = {"0.png": files[0], "0.json": b'{"label": 0}', "1.png": files[1], "1.json": b'{"caption": "a cat"}'}
+    with pytest.raises(DataError, match=r"has an image '1.png' without a label '1.cls' or '.json', which others"):
+        open_source(write_tar(tmp_path / "images.tar", members))
+
+
+def test_class_folders_have_names_as_in_a_folder(files: list[bytes], tmp_path: Path) -> None:
+    members = dict.fromkeys(["cat/v1.5.a.png", "cat/v1.5.b.png", "dog/a.jpg", "dog/a.png"], files[0])
+    source = open_source(write_tar(tmp_path / "images.tar", members | {"meta.json": b'{"made": "today"}'}))
+    assert [entry.key for entry in source.entries] == sorted(members)
+    assert source.class_names == ("cat", "dog")
+    assert source.ignored == 1
+
+
+def test_a_tar_with_a_name_twice_is_refused(files: list[bytes], tmp_path: Path) -> None:
+    path = tmp_path / "images.tar"
+    with tarfile.open(write_tar(path, {"cat/1.png": files[0]}), "a") as archive:
+        archive.addfile(tarfile.TarInfo("./cat/1.png"))
+    with pytest.raises(DataError, match=r"two members named 'cat/1\.png'"):
+        open_source(path)
+
+
 def with_header(path: Path, member: tarfile.TarInfo, **fields: object) -> Path:
     """Write an archive of one good image and one member whose header says what no writer says."""
     for name, value in fields.items():

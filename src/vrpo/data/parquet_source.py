@@ -9,8 +9,9 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
+from vrpo.data.parts import part_of, refuse_missing
 from vrpo.data.sources import Entry, Source, printable_name
 from vrpo.errors import ConfigError, DataError, nearest
 from vrpo.untrusted import parse_json
@@ -111,45 +112,86 @@ def open_parquet(path: Path) -> Source:
     Keys are FILE/ROW. Raises DataError where there is no image column, where the files' columns differ, or where a
     folder holds several splits.
     """
-    paths = [path] if path.is_file() else _files(path)
+    if path.is_file():
+        return _open_files(path, [path])
+    paths = _files(path)
     splits = {_split_of(file) for file in paths}
     if len(splits) > 1:
         raise DataError(
             f"'{path}' holds several splits ({', '.join(sorted(splits))}): put the files of each into a folder of its "
             "own, and prepare those."
         )
+    refuse_missing(path, map(part_of, paths))
     return _open_files(path, paths)
+
+
+class _Columns(NamedTuple):
+    """The columns of images and of labels, if there are any, and whether labels are names of classes."""
+
+    image: str
+    label: str | None
+    named: bool
+
+
+@dataclass
+class _Table:
+    """What is known of a file: the rows and bytes of each group, and the label of each row."""
+
+    counts: list[int]
+    sizes: list[int]
+    labels: Sequence[int | None] | None
+    checksum: int
 
 
 def _open_files(path: Path, paths: Sequence[Path], name: str | None = None) -> Source:
     """List the images of parquet files of one kind, which lie at or below ``path``."""
-    parquet = _pyarrow_parquet()
-    entries: list[Entry] = []
+    tables: list[_Table] = []
     names: tuple[str, ...] | None = None
-    columns: tuple[str, str | None] | None = None
-    for number, file in enumerate(paths):
-        try:
-            found = parquet.ParquetFile(file)
-            schema, metadata = found.schema_arrow, found.metadata
-            told = _columns(file, schema)
-            if columns is not None and told != columns:
-                raise DataError(f"'{file}' has other columns than '{paths[0]}': prepare each kind by itself.")
-            columns = told
-            # Of groups alone: to ask for a column ends the process where its statistics are damaged (pyarrow 26).
-            groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-            counts, sizes = [group.num_rows for group in groups], [group.total_byte_size for group in groups]
-            held = file.stat().st_size
-            if min(sizes, default=0) < 0:
-                raise ValueError("groups without size")
-            if min(counts, default=0) < 0 or not sum(counts) <= held // _ROW_BYTES:
-                raise DataError(f"'{file}' claims {sum(counts):,} rows, which it cannot hold: fetch it again.")
-            names = names or _class_names(schema, told[1])
-            labels = None if told[1] is None else found.read(columns=[told[1]]).column(0).to_pylist()
-            if labels is not None and len(labels) != sum(counts):
-                raise ValueError("rows without labels")
-        except _damages() as error:
-            raise DataError(f"'{file}' is a damaged or incomplete parquet file: fetch it again.") from error
-        checksum, row = _checksum(file), 0
+    columns: _Columns | None = None
+    numbers: dict[str, int] = {}  # of names of classes, as they are found
+    for file in paths:
+        told, claimed, table = _read_table(file, numbers)
+        if columns is not None and told != columns:
+            raise DataError(f"'{file}' has other columns than '{paths[0]}': prepare each kind by itself.")
+        columns, names = told, names or claimed
+        tables.append(table)
+    place: dict[int | None, int] = {}
+    if numbers:
+        names = tuple(sorted(numbers, key=str.encode))
+        place = {numbers[name]: rank for rank, name in enumerate(names)}
+    entries: list[Entry] = []
+    for number, (file, table) in enumerate(zip(paths, tables, strict=True)):
+        row = 0
+        for rows, size in zip(table.counts, table.sizes, strict=True):
+            for _ in range(rows):
+                label = None if table.labels is None else table.labels[row]
+                label = place.get(label, label)
+                entries.append(Entry(f"{file.name}/{row:08d}", label, size // rows, (number, row), table.checksum))
+                row += 1
+    if not entries or columns is None:
+        raise DataError(f"'{path}' holds no rows: give parquet files with images.")
+    classes = _checked_names(path, entries, names)
+    return Source("parquet", path, classes, entries, 0, ParquetOpener(paths, columns.image), title=name)
+
+
+def _read_table(file: Path, numbers: dict[str, int]) -> tuple[_Columns, tuple[str, ...] | None, _Table]:
+    """Return the columns of a file, the names that it gives to class numbers, and what its rows are.
+
+    Labels that are names become numbers by ``numbers``, to which new ones are added.
+    """
+    parquet = _pyarrow_parquet()
+    try:
+        found = parquet.ParquetFile(file)
+        schema, metadata = found.schema_arrow, found.metadata
+        columns = _columns(file, schema)
+        # Of groups alone: to ask for a column ends the process where its statistics are damaged (pyarrow 26).
+        groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+        counts, sizes = [group.num_rows for group in groups], [group.total_byte_size for group in groups]
+        held = file.stat().st_size
+        if min(sizes, default=0) < 0:
+            raise ValueError("groups without size")
+        if min(counts, default=0) < 0 or not sum(counts) <= held // _ROW_BYTES:
+            raise DataError(f"'{file}' claims {sum(counts):,} rows, which it cannot hold: fetch it again.")
         if max(sizes, default=0) > _GROUP_BYTES:
             raise DataError(f"'{file}' has a group of rows of more than 2 GiB: write it with smaller row groups.")
         if sum(sizes) > max(_SMALL_FILE, _GROWTH * held):
@@ -157,15 +199,30 @@ def _open_files(path: Path, paths: Sequence[Path], name: str | None = None) -> S
                 f"'{file}' would grow from {held:,} to {sum(sizes):,} bytes, as no file of images does: fetch it "
                 "again, or write it without compression."
             )
-        for rows, size in zip(counts, sizes, strict=True):
-            for _ in range(rows):
-                label = None if labels is None else labels[row]
-                entries.append(Entry(f"{file.name}/{row:08d}", label, size // rows, (number, row), checksum))
-                row += 1
-    if not entries or columns is None:
-        raise DataError(f"'{path}' holds no rows: give parquet files with images.")
-    classes = _checked_names(path, entries, names)
-    return Source("parquet", path, classes, entries, 0, ParquetOpener(paths, columns[0]), title=name)
+        labels: list[int | None] | None = None
+        if columns.named:
+            # A name is held once, however many rows share it.
+            found = parquet.ParquetFile(file, read_dictionary=[columns.label])
+            labels = _numbered(found.read(columns=[columns.label], use_threads=False).column(0), numbers)
+        elif columns.label is not None:
+            labels = found.read(columns=[columns.label]).column(0).to_pylist()
+        if labels is not None and len(labels) != sum(counts):
+            raise ValueError("rows without labels")
+    except _damages() as error:
+        raise DataError(f"'{file}' is a damaged or incomplete parquet file: fetch it again.") from error
+    return columns, _class_names(schema, columns.label), _Table(counts, sizes, labels, _checksum(file))
+
+
+def _numbered(column: Any, numbers: dict[str, int]) -> list[int | None]:
+    """Return the numbers of the names in a column that is encoded by a dictionary."""
+    labels: list[int | None] = []
+    for chunk in column.chunks:
+        known = [
+            None if name is None else numbers.setdefault(printable_name(name), len(numbers))
+            for name in chunk.dictionary.to_pylist()
+        ]
+        labels += [None if index is None else known[index] for index in chunk.indices.to_pylist()]
+    return labels
 
 
 def open_from_hub(name: str) -> Source:
@@ -233,7 +290,7 @@ def _damages() -> tuple[type[Exception], ...]:
     return (pyarrow.ArrowCapacityError, OSError, ValueError, LookupError, TypeError, RuntimeError)
 
 
-def _columns(file: Path, schema: Any) -> tuple[str, str | None]:
+def _columns(file: Path, schema: Any) -> _Columns:
     import pyarrow as pa
 
     def holds_images(field: Any) -> bool:
@@ -244,12 +301,24 @@ def _columns(file: Path, schema: Any) -> tuple[str, str | None]:
     images = [field.name for field in schema if holds_images(field)]
     image = next((name for name in _IMAGE_NAMES if name in images), images[0] if len(images) == 1 else None)
     if image is None:
+        held = f"its columns are {', '.join(schema.names) or 'none'}"
+        close = nearest("image", schema.names)
+        close = f"; {close}" if close.startswith("did you mean") else "."
+        raise DataError(f"'{file}' has no image column, which holds encoded images as bytes: {held}{close}")
+
+    def holds_names(field: Any) -> bool:
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+    labels = [schema.field(name) for name in _LABEL_NAMES if name in schema.names and name != image]
+    integers = [field.name for field in labels if pa.types.is_integer(field.type)]
+    named = [field.name for field in labels if holds_names(field)]
+    if labels and not integers and not named:
         raise DataError(
-            f"'{file}' has no image column, which holds encoded images as bytes: its columns are "
-            f"{', '.join(schema.names) or 'none'}; {nearest('image', schema.names)}"
+            f"the column '{labels[0].name}' of '{file}' holds {labels[0].type}, neither class numbers nor names: write "
+            "it as either, or leave it out."
         )
-    integers = {field.name for field in schema if pa.types.is_integer(field.type)}
-    return image, next((name for name in _LABEL_NAMES if name in integers), None)
+    return _Columns(image, next(iter(integers + named), None), not integers and bool(named))
 
 
 def _class_names(schema: Any, label: str | None) -> tuple[str, ...] | None:
@@ -269,7 +338,9 @@ def _checked_names(path: Path, entries: Sequence[Entry], names: tuple[str, ...] 
         return ()
     most = _MOST_CLASSES if names is None else len(names)
     for entry in entries:
-        if entry.label is None or not 0 <= entry.label < most:
+        if entry.label is None:
+            raise DataError(f"row '{entry.key}' of '{path}' has no label, as others have: complete its column.")
+        if not 0 <= entry.label < most:
             raise DataError(f"row '{entry.key}' of '{path}' has the label {entry.label}, which is no class number.")
     return names or tuple(map(str, range(max(cast(int, entry.label) for entry in entries) + 1)))
 

@@ -18,10 +18,11 @@ from typing import BinaryIO, NamedTuple, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from vrpo.data.parts import SPLIT_NAMES
 from vrpo.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-_SPLIT_NAMES = frozenset({"dev", "test", "testing", "train", "training", "val", "valid", "validation"})
+_COMPRESSED = frozenset({".bz2", ".gz", ".lz4", ".tbz2", ".tgz", ".txz", ".xz", ".zst"})
 
 
 Location = str | int | tuple[int, ...] | tuple[str, str]
@@ -130,6 +131,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     for kind in _kinds():
         if kind.accepts(location):
             return kind.open(location)
+    if location.suffix.lower() in _COMPRESSED:
+        raise DataError(f"'{location}' is compressed, so that it cannot be read in place: unpack it.")
     raise DataError(
         f"'{location}' is not a source that can be read: give a folder or zip of images, tar or parquet files, or a "
         "folder of REPA or LightningDiT."
@@ -294,7 +297,7 @@ def arrange(
         entries = [file.entry(None) for file in files]
         return Source(kind, path, (), entries, ignored.total(), opener)
     names = sorted({f[depth] for f in folders}, key=str.encode)
-    if len(names) > 1 and _SPLIT_NAMES.issuperset(name.lower() for name in names):
+    if len(names) > 1 and SPLIT_NAMES.issuperset(name.lower() for name in names):
         raise DataError(
             f"the folders of '{path}' are splits ({', '.join(names)}), not classes: "
             f"prepare each split from a folder or zip of its own."
@@ -309,7 +312,8 @@ def _nothing_found(path: Path, ignored: Counter[str]) -> str:
         return f"'{path}' is empty: give a folder or zip archive of images."
     suffixes = ", ".join(suffix or "no suffix" for suffix, _ in ignored.most_common(3))
     files = f"{ignored.total():,} file{'s are' if ignored.total() > 1 else ' is'}"
-    return f"'{path}' holds no images: its {files} of other kinds ({suffixes}); give .png, .jpg or .webp files."
+    do = "unpack what is compressed" if _COMPRESSED & set(ignored) else "give .png, .jpg or .webp files"
+    return f"'{path}' holds no images: its {files} of other kinds ({suffixes}); {do}."
 
 
 def hidden(name: str) -> bool:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, NamedTuple, cast
 
-from vrpo.data.sources import IMAGE_SUFFIXES, Entry, ListedFile, Source, arrange, hidden, printable_name, unsafe_name
+from vrpo.data.parts import consecutive, part_of, refuse_missing, refuse_several_sets
+from vrpo.data.sources import (
+    IMAGE_SUFFIXES,
+    Entry,
+    ListedFile,
+    Source,
+    arrange,
+    hidden,
+    printable_name,
+    unsafe_name,
+    walk,
+)
 from vrpo.errors import DataError
 from vrpo.untrusted import parse_json
 
@@ -24,7 +34,7 @@ _MOST_CLASSES = 10_000_000
 
 
 def is_tar_source(path: Path) -> bool:
-    """Whether a path is a tar archive or a folder of tar archives and nothing else that could be images."""
+    """Whether a path is a tar archive or a folder that holds some at its top."""
     return path.suffix.lower() == ".tar" if path.is_file() else path.is_dir() and bool(_shards(path))
 
 
@@ -56,70 +66,112 @@ class TarOpener:
         return io.BytesIO(stream.read(entry.size))
 
 
-@dataclass
-class _Sample:
-    """The files of one key of a shard."""
+class _Label(NamedTuple):
+    """A class, and the file that says it."""
 
-    image: ListedFile | None = None
-    label: int | str | None = None
-    label_file: str | None = None
+    value: int | str
+    file: str
+
+    @property
+    def of_json(self) -> bool:
+        return self.file.lower().endswith(".json")
 
 
 @dataclass
 class _Listing:
-    samples: dict[str, _Sample] = field(default_factory=dict)
+    """What archives hold; ``described`` are the keys of JSON files that say no class."""
+
+    images: dict[str, ListedFile] = field(default_factory=dict)
+    labels: dict[str, _Label] = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
+    described: set[str] = field(default_factory=set)
 
 
 def open_tar(path: Path) -> Source:
     """List the images of a tar archive, or of all those in a folder.
 
-    A file's key is its name up to the first dot. A number in ``KEY.cls``, or ``label`` in ``KEY.json``, is its class;
-    without any such file, folders are classes. Several archives of one folder each are a class each, as ImageNet's are,
-    unless their names are a running number, as of shards. Raises DataError where an image and its label do not find
-    each other.
+    A number in ``KEY.cls``, or else ``label`` in ``KEY.json``, is the class of the image ``KEY.jpg``, where a key is a
+    name up to its first dot. Without any such file, folders are classes. Several archives of one folder each are a
+    class each, as ImageNet's are, unless their names are a running number, as of shards. Raises DataError where an
+    image and its label do not find each other, where archives are of several sets, or where one of a set is missing.
     """
     paths = [path] if path.is_file() else _shards(path)
     listing = _Listing()
     for number, shard in enumerate(paths):
         prefix = f"{shard.stem}/" if len(paths) > 1 else ""
         _list_shard(shard, number, prefix, listing)
-    samples, opener = listing.samples, TarOpener(paths)
-    files = [sample.image for sample in samples.values() if sample.image is not None]
-    if not any(sample.label_file for sample in samples.values()):
-        return arrange("tar", path, files, listing.ignored, opener, depth=int(_are_shards(paths, files)))
-    for key, sample in samples.items():
-        if sample.image is None:
-            raise DataError(f"'{path}' has a label '{sample.label_file}' without an image '{key}': pack them together.")
-        if sample.label_file is None:
+    if path.is_dir():
+        _look_beside(path, listing)
+    files, opener = list(listing.images.values()), TarOpener(paths)
+    are_shards = _are_shards(path, paths, listing)
+    if not listing.labels:
+        return arrange("tar", path, files, listing.ignored, opener, depth=int(are_shards))
+    keyed: dict[str, ListedFile] = {}
+    for file in files:
+        key = _key(file.key)
+        if key in keyed:
+            raise DataError(f"'{path}' has two images of the key '{key}': pack it again with each key once.")
+        if key not in listing.labels:
             raise DataError(
-                f"'{path}' has an image '{sample.image.key}' without a label '{key}.cls' or '.json', which others "
-                "have: pack them together."
+                f"'{path}' has an image '{file.key}' without a label '{key}.cls' or '.json', which others have: pack "
+                "them together."
             )
-    names, numbers = _classes(path, samples)
-    ordered = sorted(samples, key=str.encode)
-    entries = [cast(ListedFile, samples[key].image).entry(numbers[key]) for key in ordered]
+        keyed[key] = file
+    for key, label in listing.labels.items():
+        if key not in keyed:
+            raise DataError(f"'{path}' has a label '{label.file}' without an image '{key}': pack them together.")
+    names, numbers = _classes(path, listing.labels)
+    ordered = sorted(keyed, key=str.encode)
+    entries = [keyed[key].entry(numbers[key]) for key in ordered]
     return Source("tar", path, names, entries, listing.ignored.total(), opener)
 
 
-def _are_shards(paths: Sequence[Path], files: Sequence[ListedFile]) -> bool:
-    """Whether several archives, each the first folder of its files' keys, are parts of one set and not classes."""
+def _are_shards(path: Path, paths: Sequence[Path], listing: _Listing) -> bool:
+    """Whether several archives, each the first folder of its files' keys, are parts of one set and not classes.
+
+    Raises DataError where they are of several sets, or where one of a set is missing.
+    """
+    parts = [part_of(file) for file in paths]
+    if path.is_dir() and any(part.total is not None for part in parts):
+        refuse_several_sets(path, parts)
+        refuse_missing(path, parts)
     if len(paths) == 1:
         return False
     parents: dict[str, set[str]] = {}
-    for file in files:
+    for file in listing.images.values():
         archive, _, name = file.key.partition("/")
         parents.setdefault(archive, set()).add(name.rpartition("/")[0])
-    if max(map(len, parents.values()), default=0) > 1:
+    labelled, folders = bool(listing.labels), max(map(len, parents.values()), default=0) > 1
+    keyed = labelled or any(_key(name) in listing.described for name in listing.images)
+    splits = all(part.of_split for part in parts)
+    if labelled or splits or ((folders or keyed) and any(part.number is not None for part in parts)):
+        refuse_several_sets(path, parts)
+        refuse_missing(path, parts)
         return True
-    told = [re.fullmatch(r"(.*?)(\d+)(\D*)", file.stem) for file in paths]
-    numbers = sorted(int(name[2]) for name in told if name is not None)
-    around = {(name[1], name[3]) for name in told if name is not None}
-    return len(around) == 1 and numbers == list(range(numbers[0], numbers[0] + len(paths)))
+    return folders or consecutive(parts)
 
 
 def _shards(folder: Path) -> list[Path]:
     return sorted((file for file in folder.iterdir() if file.suffix.lower() == ".tar"), key=lambda file: file.name)
+
+
+def _look_beside(folder: Path, listing: _Listing) -> None:
+    """Count the files beside a folder's archives; raises DataError for images, which would be left out."""
+    for name, _ in walk(folder):
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix in IMAGE_SUFFIXES:
+            raise DataError(
+                f"'{folder}' has images beside its tar archives (such as '{printable_name(name)}'): give each a folder "
+                "of its own."
+            )
+        if suffix != ".tar" or os.sep in name:
+            listing.ignored[suffix] += 1
+
+
+def _key(name: str) -> str:
+    """Return the name up to the first dot after its folder."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
 
 
 def _list_shard(path: Path, number: int, prefix: str, listing: _Listing) -> None:
@@ -134,24 +186,36 @@ def _list_shard(path: Path, number: int, prefix: str, listing: _Listing) -> None
             raise DataError(f"'{path}' has a member that is {reason} ('{name}'): pack it again with plain files only.")
         if not member.isfile() or any(map(hidden, name.split("/"))):
             continue
-        folder, _, base = name.rpartition("/")
-        stem, _, suffix = base.partition(".")
-        key = prefix + (f"{folder}/{stem}" if folder else stem)
-        suffix = suffix.lower()
-        sample = listing.samples.get(key) or _Sample()
-        if os.path.splitext(base)[1].lower() in IMAGE_SUFFIXES:
-            if sample.image is not None:
-                raise DataError(f"'{path}' has two images of the key '{key}': pack it again with each key once.")
-            file = ListedFile(prefix + name, member.size, (number, member.offset_data), member.chksum)
-            sample.image = file
-        elif suffix in ("cls", "json"):
-            if sample.label_file is not None:
-                raise DataError(f"'{path}' has two labels of the key '{key}': pack it again with each key once.")
-            sample.label, sample.label_file = _read_label(path, name, suffix, member, stream), name
-        else:
-            listing.ignored[f".{suffix}"] += 1
+        key, suffix = prefix + _key(name), name.rpartition("/")[2].partition(".")[2].lower()
+        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+            if prefix + name in listing.images:
+                raise DataError(f"'{path}' has two members named '{name}': pack it again with each name once.")
+            place = (number, member.offset_data)
+            listing.images[prefix + name] = ListedFile(prefix + name, member.size, place, member.chksum)
             continue
-        listing.samples[key] = sample
+        label = _read_label(path, name, suffix, member, stream) if suffix in ("cls", "json") else None
+        if label is None:
+            listing.ignored[f".{suffix}"] += 1
+            if suffix == "json":
+                listing.described.add(key)
+        else:
+            _add_label(path, key, _Label(label, name), listing.labels)
+
+
+def _add_label(path: Path, key: str, label: _Label, labels: dict[str, _Label]) -> None:
+    """Keep one label of a key: of a ``.cls`` and a ``.json`` the first; raises DataError where they differ."""
+    held = labels.setdefault(key, label)
+    if held is label:
+        return
+    if held.of_json == label.of_json:
+        raise DataError(f"'{path}' has two labels of the key '{key}': pack it again with each key once.")
+    if isinstance(held.value, int) and isinstance(label.value, int) and held.value != label.value:
+        raise DataError(
+            f"'{held.file}' and '{label.file}' of '{path}' hold different classes ({held.value} and {label.value}): "
+            "pack it again with one of them."
+        )
+    if held.of_json:
+        labels[key] = label
 
 
 def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, BinaryIO]]:
@@ -202,8 +266,10 @@ class _Headers:
         return self._stream.seek(position)
 
 
-def _read_label(path: Path, name: str, suffix: str, member: tarfile.TarInfo, stream: BinaryIO) -> int | str:
-    """Return the class in a ``.cls`` or ``.json`` file."""
+def _read_label(path: Path, name: str, suffix: str, member: tarfile.TarInfo, stream: BinaryIO) -> int | str | None:
+    """Return the class in a ``.cls`` or ``.json`` file; None where JSON is of something else."""
+    if suffix == "json" and member.size > _LABEL_BYTES:
+        return None
     here = stream.tell()
     stream.seek(member.offset_data)
     text = stream.read(min(member.size, _LABEL_BYTES))
@@ -212,25 +278,25 @@ def _read_label(path: Path, name: str, suffix: str, member: tarfile.TarInfo, str
         if suffix == "cls":
             return int(text)
         content = parse_json(text)
-        label = next(content[key] for key in _JSON_NAMES if key in content)
+        told = content if isinstance(content, dict) else {}
+        label = next((told[key] for key in _JSON_NAMES if told.get(key) is not None), None)
         if isinstance(label, str):
             return printable_name(label)
-        if type(label) is int:
+        if label is None or type(label) is int:
             return label
         raise ValueError("it is neither a number nor a name")
-    except (ValueError, StopIteration, TypeError) as error:
+    except ValueError as error:
         wanted = "a whole number" if suffix == "cls" else f"a number or name under '{_JSON_NAMES[0]}'"
         raise DataError(f"'{name}' of '{path}' holds no class: it should hold {wanted}.") from error
 
 
-def _classes(path: Path, samples: dict[str, _Sample]) -> tuple[tuple[str, ...], dict[str, int]]:
-    labels = {key: sample.label for key, sample in samples.items()}
-    if all(isinstance(label, str) for label in labels.values()):
-        names = sorted({cast(str, label) for label in labels.values()}, key=str.encode)
+def _classes(path: Path, labels: dict[str, _Label]) -> tuple[tuple[str, ...], dict[str, int]]:
+    if all(isinstance(label.value, str) for label in labels.values()):
+        names = sorted({cast(str, label.value) for label in labels.values()}, key=str.encode)
         place = {name: number for number, name in enumerate(names)}
-        return tuple(names), {key: place[cast(str, label)] for key, label in labels.items()}
+        return tuple(names), {key: place[cast(str, label.value)] for key, label in labels.items()}
     for key, label in labels.items():
-        if not isinstance(label, int) or not 0 <= label < _MOST_CLASSES:
-            raise DataError(f"the label {label!r} of '{key}' in '{path}' is no class number like the others.")
-    numbers = {key: cast(int, label) for key, label in labels.items()}
+        if not isinstance(label.value, int) or not 0 <= label.value < _MOST_CLASSES:
+            raise DataError(f"the label {label.value!r} of '{key}' in '{path}' is no class number like the others.")
+    numbers = {key: cast(int, label.value) for key, label in labels.items()}
     return tuple(map(str, range(max(numbers.values()) + 1))), numbers
