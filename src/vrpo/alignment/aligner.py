@@ -82,7 +82,8 @@ class Aligner(nn.Module):
             tokens: N, the tokens of an image on the encoders' grid, row by row.
             encoders: frozen encoders, or names for ``load_encoder`` with their published weights.
             budget: images the run will train on in all, which the warm-up is a share of.
-            objective: "none", "repa", "irepa", "contrastive" or "vrpo", or its whole configuration.
+            objective: "none", "repa", "irepa", "contrastive" or "vrpo", or its whole configuration; what acts inside
+                blocks ("haste", "repi", "reg", a scaffold, a token) is refused.
             select: which of the model's tokens, in which order, lie on that grid: ``slice(1, None)`` leaves
                 out one prefix token, indices reorder. The others pass untouched.
             output: which element of a block's output holds the tokens, where that is a tuple.
