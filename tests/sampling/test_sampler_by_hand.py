@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from small import network
@@ -44,7 +46,7 @@ def by_hand(trunk: DiffusionTransformer, labels: Tensor, token: bool, token_guid
         moved, carried = trunk(image, time, named, token=rest)
         return torch.cat([moved.flatten(1), carried], dim=1).double()
 
-    for now, then in zip(times, times[1:], strict=False):
+    for now, then in pairwise(times):
         drift = conditional = velocity(flat, now, labels)
         if INTERVAL[0] <= now <= INTERVAL[1]:
             null = velocity(flat, now, torch.full_like(labels, trunk.num_classes))
