@@ -18,7 +18,7 @@ from pydantic import Field
 from tyro.conf import Positional
 
 from vrpo.commands.images import Drawing
-from vrpo.commands.outputs import check_output, tell
+from vrpo.commands.outputs import check_output, check_result, tell
 from vrpo.commands.parse import parse
 from vrpo.config import Count
 from vrpo.errors import ConfigError, DataError
@@ -101,7 +101,7 @@ def evaluate(words: list[str]) -> int:
             raise DataError(f"there is nothing at {source}: give a run, a folder or an npz file.")
     _check_reference_path(options.reference)
     if options.out is not None:
-        check_output(options.out)
+        check_result(options.out, ".json", (*options.sources, options.reference))
     device = resolve_device(options.drawing.device)
     network = options.judge.load(device)
     metrics = chosen_metrics(options.metrics, network)
@@ -259,11 +259,9 @@ class Stats:
 def stats(words: list[str]) -> int:
     """Save reference statistics."""
     options, _ = parse(Stats, words, "evaluate stats")
-    if options.out.suffix != ".npz":
-        raise ConfigError(f"--out {options.out} is no .npz file: give the name of one, such as stats.npz.")
     if not options.source.exists():
         raise DataError(f"there is nothing at {options.source}: give a data set, a folder, a zip or an npz file.")
-    check_output(options.out)
+    check_result(options.out, ".npz", [options.source])
 
     from vrpo.devices import resolve_device
     from vrpo.evaluation.reference import load_reference
@@ -314,7 +312,7 @@ def parity(words: list[str]) -> int:
         if not path.exists():
             raise DataError(f"there is nothing at {path}: give an npz file, a folder or a zip of images.")
     if options.out is not None:
-        check_output(options.out)
+        check_result(options.out, ".json", (options.samples, options.reference))
     network = Judge(options.features, options.features_weights).load(resolve_device(options.device))
     result = evaluate_images(
         options.samples, options.reference, network, metrics=tuple(expected) or None, progress=sys.stderr.isatty()

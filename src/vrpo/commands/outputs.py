@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from vrpo.errors import ConfigError
@@ -30,6 +31,27 @@ def check_output(out: Path, *, folder: bool = False) -> None:
         raise ConfigError(f"--out {out} cannot be written ({explain_os_error(error)}): give another path.") from error
     if not os.access(target, os.W_OK | os.X_OK):
         raise ConfigError(f"--out {out} cannot be written (permission denied): give another path.")
+
+
+def check_result(out: Path, suffix: str, inputs: Iterable[Path]) -> None:
+    """Refuse what `check_output` refuses, a name without ``suffix``, and one by which a file of ``inputs`` is replaced.
+
+    Inside a folder of ``inputs`` a new file may be written, and anything in its folder ``evaluations``.
+
+    Raises:
+        ConfigError: as said.
+    """
+    place = out.resolve()
+    for given in inputs:
+        source = given.resolve()
+        if place == source and not given.is_dir():
+            raise ConfigError(f"--out {out} would replace {given}, which the command reads: give another path.")
+        inside = place.is_relative_to(source) and not place.is_relative_to(source / "evaluations")
+        if inside and out.is_file():
+            raise ConfigError(f"--out {out} would replace a file of {given}, which the command reads: give a new name.")
+    if out.suffix != suffix and not out.is_dir():
+        raise ConfigError(f"--out {out} is no {suffix} file: give the name of one, such as {out.stem}{suffix}.")
+    check_output(out)
 
 
 def check_page(out: Path, option: str = "--out") -> None:

@@ -20,7 +20,8 @@ T = TypeVar("T")
 def parse(command: type[T], words: Sequence[str], name: str, *, rest: bool = False) -> tuple[T, list[str]]:
     """Read ``words`` into a command's options; with ``rest``, also return the words it does not know.
 
-    Values are held to the constraints of the fields' annotations, which tyro alone does not read.
+    Values are held to the constraints of the fields' annotations, which tyro alone does not read. An option is given
+    once: the parser would take the last one's values and drop the others'.
 
     Raises:
         ConfigError: words that do not fit.
@@ -30,6 +31,7 @@ def parse(command: type[T], words: Sequence[str], name: str, *, rest: bool = Fal
         if "--help" in words or "-h" in words:
             tyro.cli(command, prog=prog, args=["--help"])
         _refuse_unknown(command, words, prog)
+    _refuse_repeated(command, words, prog)
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
@@ -103,6 +105,19 @@ def _refuse_unknown(command: type, words: Sequence[str], prog: str) -> None:
         name = word.partition("=")[0]
         if name.startswith("--") and name.replace("_", "-") not in names:
             raise ConfigError(f"{prog} has no option '{name}': {nearest(name.replace('_', '-'), names)}")
+
+
+def _refuse_repeated(command: type, words: Sequence[str], prog: str) -> None:
+    several = {_dashed(option.name): "tuple" in str(option.hint) for option in _options(command)}
+    seen: set[str] = set()
+    for word in words:
+        name = word.partition("=")[0].replace("_", "-")
+        plain = f"--{name[5:]}" if name.startswith("--no-") and name not in several else name
+        if plain in seen:
+            remedy = f"write its values one after another, {name} A B" if several[plain] else "give it once"
+            raise ConfigError(f"{prog}: {name} is given twice: {remedy}.")
+        if plain in several:
+            seen.add(plain)
 
 
 def _refuse_values(command: type, words: Sequence[str], prog: str) -> None:

@@ -12,7 +12,7 @@ import tyro
 from pydantic import Field
 from tyro.conf import Positional
 
-from vrpo.commands.outputs import check_output, tell
+from vrpo.commands.outputs import check_output, check_result, tell
 from vrpo.commands.parse import parse
 from vrpo.config import Count, Positive, Seed
 from vrpo.errors import ConfigError, DataError
@@ -65,7 +65,7 @@ class Looking:
         deepest = loaded.network.depth
         check_depths("--depths", self.depths or (), deepest)
         if self.out is not None:
-            check_output(self.out)
+            check_result(self.out, ".json", [run])
         else:
             check_output(run / "evaluations", folder=True)
         denoising = build_denoising(loaded.network.kind, loaded.config.diffusion)
