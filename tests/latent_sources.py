@@ -32,10 +32,12 @@ def write_repa(folder: Path, files: Sequence[bytes], autoencoder: Path, images: 
     return folder
 
 
-def write_lightning(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+def write_lightning(
+    folder: Path, dtype: torch.dtype = torch.float32, channels: int = 6
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Write ten latents and those of their mirror images in three shards, and return both."""
     folder.mkdir()
-    latents, flips = torch.randn(2, 10, 6, 4, 4).mul(3).add(1).to(dtype)
+    latents, flips = torch.randn(2, 10, channels, 4, 4).mul(3).add(1).to(dtype)
     for shard, part in enumerate(torch.arange(10).split(4)):
         content = {"latents": latents[part].clone(), "latents_flip": flips[part].clone(), "labels": part % 5}
         save_file(content, folder / f"latents_rank00_shard{shard:03d}.safetensors")

@@ -79,6 +79,7 @@ def test_imagenet_presets_are_the_published_recipe(name: str, capsys: pytest.Cap
     assert told["sample"]["sampler"] == ("sde" if kind == "sit" else "ddpm")
     assert (told["align"]["objective"], told["align"]["projector_width"]) == (objective, 2048)
     assert told["align"]["weight"] == (1.0 if objective == "irepa" else 0.5)
+    assert (told["align"]["haste"]["stop"], told["align"]["haste"]["stop_images"]) == ("fixed", 250_000 * 256)
     width, blocks, heads, _, aligned = PUBLISHED[size.upper()]
     shape = SIZES[size.upper()]
     assert (shape.hidden_size, shape.depth, shape.num_heads) == (width, blocks, heads)

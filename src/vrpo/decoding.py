@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from vrpo.data.manifest import LatentRecord, Manifest, Normaliser
 from vrpo.data.shards import ShardedDataset
 from vrpo.errors import ConfigError
 from vrpo.pixels import to_uint8
-from vrpo.vision.autoencoders import Decoder, LatentDecoder, Pixels, load_autoencoder
+from vrpo.vision.autoencoders import Autoencoder, Decoder, LatentDecoder, Pixels, load_autoencoder
 
 
 def load_decoder(
@@ -42,7 +43,7 @@ def load_decoder(
         )
     autoencoder = load_autoencoder(name, device)
     if not any_decoder:
-        refuse_other(record, autoencoder.fingerprint, autoencoder.name)
+        refuse_other(record, autoencoder, name)
     if autoencoder.channels != record.channels:
         raise ConfigError(
             f"the autoencoder '{name}' decodes latents of {autoencoder.channels} channels, and these have "
@@ -51,14 +52,38 @@ def load_decoder(
     return LatentDecoder(autoencoder, torch.tensor(normaliser.shift), torch.tensor(normaliser.scale))
 
 
-def refuse_other(record: LatentRecord, fingerprint: str, name: str) -> None:
-    """Raise ConfigError if the autoencoder ``name`` is known not to be the one that made the latents."""
-    if record.weights is not None and fingerprint != record.weights:
+def refuse_other(record: LatentRecord, autoencoder: Autoencoder, name: str) -> None:
+    """Raise ConfigError if the autoencoder ``name`` is not, by all that is known, the one that made the latents.
+
+    Where its weights are not known, as of latents that were taken over, it goes by its name: that of the record, or a
+    folder of that name.
+    """
+    force = "say --sample.any-decoder True (--any-decoder)"
+    if record.weights is not None:
+        if autoencoder.fingerprint != record.weights:
+            raise ConfigError(
+                f"the autoencoder '{autoencoder.name}' ({autoencoder.fingerprint[:12]}) is not the one that made the "
+                f"latents ('{record.autoencoder}', {record.weights[:12]}): give that one, or {force} to decode with "
+                "this one all the same."
+            )
+        return
+    if record.posterior and not autoencoder.posterior:
         raise ConfigError(
-            f"the autoencoder '{name}' ({fingerprint[:12]}) is not the one that made the latents "
-            f"('{record.autoencoder}', {record.weights[:12]}): give that one, or say --sample.any-decoder True "
-            "(--any-decoder) to decode with this one all the same."
+            f"'{name}', an {autoencoder.kind}, gives one value and no mean and standard deviation, as the latents are: "
+            f"give the autoencoder that made them, or {force} to decode with this one all the same."
         )
+    if record.autoencoder is not None and _last(record.autoencoder) not in (_last(name), _last(autoencoder.name)):
+        raise ConfigError(
+            f"the latents are said to be of '{record.autoencoder}', with weights that are not known, and '{name}' has "
+            f"another name: give that one, in a folder of its name, or {force} if this one made them; 'vrpo prepare "
+            "--latents' compares them and records its weights."
+        )
+
+
+def _last(name: str) -> str:
+    """Return the last part of a hub id or path; a pipeline's folder "vae" has the name of the pipeline's."""
+    path = Path(name)
+    return path.parent.name if path.name == "vae" else path.name
 
 
 def decode_stored(

@@ -126,7 +126,9 @@ def data_info(words: list[str]) -> int:
     if latents is not None:
         kind = "mean and standard deviation" if latents.posterior else "one value"
         made = "an unknown autoencoder" if latents.autoencoder is None else f"'{latents.autoencoder}'"
-        weights = "" if latents.weights is None else f" ({latents.weights[:12]})"
+        weights = " (as was said; its weights are not known)" if latents.autoencoder is not None else ""
+        if latents.weights is not None:
+            weights = f" ({latents.weights[:12]})"
         tell(
             f"latents {latents.channels} x {latents.size} x {latents.size} ({kind}, fp16) of {made}{weights}, "
             f"scaled by {latents.normalisation}; pixels {'kept' if latents.pixels else 'not kept'}"

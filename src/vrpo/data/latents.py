@@ -180,8 +180,8 @@ def _plan_stored(
         from vrpo.vision.autoencoders import load_autoencoder
 
         autoencoder = load_autoencoder(options.autoencoder, options.device, options.precision)
-        _check_stored(source, stored, autoencoder, work)
-        name, weights = autoencoder.name, autoencoder.fingerprint
+        compared = _compare_stored(source, stored, autoencoder, work)
+        name, weights = autoencoder.name, autoencoder.fingerprint if compared else None
         known = known if stored.autoencoder is None and known is not None else _by_autoencoder(autoencoder)
     if options.normalise == "autoencoder" and known is None:
         raise ConfigError(
@@ -224,8 +224,11 @@ def _by_autoencoder(autoencoder: Autoencoder) -> Normaliser:
     return Normaliser(shift=(autoencoder.shift,) * channels, scale=(autoencoder.scale,) * channels)
 
 
-def _check_stored(source: Source, stored: StoredLatents, autoencoder: Autoencoder, work: Work) -> None:
-    """Refuse latents that the autoencoder did not make: told by their shape, and by the first image that is there."""
+def _compare_stored(source: Source, stored: StoredLatents, autoencoder: Autoencoder, work: Work) -> bool:
+    """Refuse latents that the autoencoder did not make: told by their shape, and by the first image that is there.
+
+    Returns whether there was an image to tell it by.
+    """
     channels = autoencoder.channels * (2 if stored.posterior else 1)
     if channels != stored.shape[1] or work.size // autoencoder.downsampling != stored.shape[2]:
         raise DataError(
@@ -234,12 +237,12 @@ def _check_stored(source: Source, stored: StoredLatents, autoencoder: Autoencode
             "that made them."
         )
     if not (stored.pixels and stored.posterior):
-        return  # nothing to compare them with
+        return False
     import torch
 
     first = decode_entries(source.opener, source.entries[:1], work)
     if first.pixels is None or first.latents is None or not first.kept:
-        return
+        return False
     mean = autoencoder.encode(torch.from_numpy(first.pixels)).chunk(2, dim=1)[0].cpu()
     held = torch.from_numpy(first.latents[:, 0].astype(np.float32)).chunk(2, dim=1)[0]
     # Half precision and another library differ by a thousandth; another network by as much as the values.
@@ -248,6 +251,7 @@ def _check_stored(source: Source, stored: StoredLatents, autoencoder: Autoencode
             f"the latents of '{source.path}' are of another autoencoder than '{autoencoder.name}': those of "
             f"'{source.entries[0].key}' differ; name the one that made them."
         )
+    return True
 
 
 def rows_of(result: Decoded, maker: LatentMaker | None, keep_pixels: bool) -> Rows:

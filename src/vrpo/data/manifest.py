@@ -50,10 +50,11 @@ class Preprocessing(Record):
 class LatentRecord(Record):
     """The latents of a data set, (channels, size, size) for each image, and the autoencoder that made them.
 
-    ``autoencoder`` is the name or path it was loaded by and ``weights`` its fingerprint, both None where the source
-    does not say. With ``posterior`` a row holds the mean and, in as many channels again, the standard deviation;
-    otherwise one value. ``precision`` is that of the network, or the source's own where it brought the latents.
-    ``normalisation`` says where the shift and scale of the diffusion come from.
+    ``autoencoder`` is the name or path it was loaded by, None where the source does not say, and ``weights`` its
+    fingerprint, None where it did not make these latents here and was not compared with them. With ``posterior`` a row
+    holds the mean and, in as many channels again, the standard deviation; otherwise one value. ``precision`` is that of
+    the network, or the source's own where it brought the latents. ``normalisation`` says where the shift and scale of
+    the diffusion come from.
     """
 
     autoencoder: str | None

@@ -103,7 +103,9 @@ class PrepareResult:
         latents = self.manifest.latents
         if latents is not None and latents.weights is None:
             taken = f"taken to be '{latents.autoencoder}'" if latents.autoencoder else "not known"
-            lines.append(f"Which autoencoder made the latents is {taken}: to say it, prepare with --latents.")
+            comparable = latents.autoencoder is None or (latents.posterior and latents.pixels)
+            more = ": to say it, prepare with --latents." if comparable else ", and they were not compared with it."
+            lines.append(f"Which autoencoder made the latents is {taken}{more}")
         if counts.upscaled:
             lines.append(f"{counts.upscaled:,} are smaller than {size} pixels and were scaled up.")
         if counts.ignored:
