@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from autoencoder_files import save_autoencoder, save_tiny
+from latent_sources import write_lightning
 from vrpo.cli import main
 from vrpo.config_load import validate
+from vrpo.data.latents import LatentOptions
 from vrpo.data.prepare import prepare
 from vrpo.data.sources import ArraySource
 from vrpo.errors import ConfigError
@@ -96,6 +99,33 @@ def test_the_table_says_what_a_budget_is_made_of(capsys: pytest.CaptureFixture[s
         float(value.removesuffix(" GB").replace(",", "")) for name, (value, _) in rows.items() if "memory, " in name
     ]
     assert sum(held[:-1]) == pytest.approx(held[-1], abs=0.04)
+
+
+@pytest.mark.parametrize("kind", ["lightning", "tiny", "kl"])
+def test_prepared_latents_are_counted_as_they_are_stored(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: str
+) -> None:
+    """Mean and deviation, or one value; and the operations of which autoencoder are counted is said."""
+    rows = 10
+    if kind == "lightning":
+        write_lightning(tmp_path / "latents")
+        prepare(tmp_path / "latents", tmp_path / "set", size=32, flip=True, workers=1, progress=False)
+    else:
+        images = np.random.default_rng(0).integers(0, 256, (rows, 32, 32, 3), dtype=np.uint8)
+        made = (save_tiny if kind == "tiny" else save_autoencoder)(tmp_path / kind)
+        told = LatentOptions(str(made), keep_pixels=False)
+        source = ArraySource(images, np.arange(rows) % 2, ("a", "b"), "x")
+        prepare(source, tmp_path / "set", size=32, flip=True, workers=1, progress=False, latents=told)
+    words = f"--preset cifar10-sit-ti-4-none --data {tmp_path / 'set'} --data.validation none --sample.decoder none"
+    _, out, err = run(capsys, f"{words} --json")
+    assert out, err
+    plan = json.loads(out)
+    channels, side = {"lightning": (6, 4), "tiny": (4, 16), "kl": (8, 16)}[kind]
+    assert plan["disk"]["latents"] == rows * 2 * 2 * channels * side**2
+    assert plan["disk"]["latents"] <= plan["disk"]["data"]
+    recorded = "not recorded" if kind == "lightning" else f"'{kind}'"
+    _, out, _ = run(capsys, words)
+    assert f"Stable Diffusion's; the data's: {recorded}" in " ".join(out.split())
 
 
 def test_prepared_data_is_counted_as_it_lies(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from vrpo.commands.parse import option_names, parse
 from vrpo.config import Count, Positive, RunConfig
 from vrpo.errors import ConfigError
 from vrpo.planning.machines import PER_MACHINE
+from vrpo.untrusted import printable
 
 if TYPE_CHECKING:
     from vrpo.planning.plan import DataFacts, Plan
@@ -113,7 +114,10 @@ def _facts(options: PlanOptions, config: RunConfig) -> DataFacts:
         classes = dataset.num_classes if config.data.conditional else 0
         shape = DataShape(dataset.image_size, dataset.input_size, dataset.in_channels, classes)
         held = sum(shard.bytes for shard in dataset.manifest.shards)
-        return DataFacts(shape, len(dataset), flip, dataset.latents is not None, held)
+        made = dataset.latents
+        if made is None:
+            return DataFacts(shape, len(dataset), flip, False, held)
+        return DataFacts(shape, len(dataset), flip, True, held, made.posterior, made.autoencoder)
     size, latent = config.data.image_size, config.data.latent_size
     if size is None:
         raise ConfigError(
@@ -208,9 +212,18 @@ def _sections(record: dict[str, Any]) -> list[tuple[str, list[tuple[str, str, st
         ("FLOPs an image, sampling", _gigaflops(flops["trunk_forward"]), "one step, without guidance"),
     ]
     if flops["autoencoder_encode"]:
+        whose = _autoencoder(record["data"]["autoencoder"])
         operations += [
-            ("FLOPs an image, encoding", _gigaflops(flops["autoencoder_encode"]), "the autoencoder, in preparing"),
-            ("FLOPs an image, decoding", _gigaflops(flops["autoencoder_decode"]), "the autoencoder, for a sample"),
+            (
+                "FLOPs an image, encoding",
+                _gigaflops(flops["autoencoder_encode"]),
+                whose or "the autoencoder, in preparing",
+            ),
+            (
+                "FLOPs an image, decoding",
+                _gigaflops(flops["autoencoder_decode"]),
+                whose or "the autoencoder, for a sample",
+            ),
         ]
     held = [(f"memory, {part}", _gigabytes(memory[part]), note) for part, note in _PARTS.items()]
     fits = (
@@ -256,6 +269,15 @@ _PARTS = {
     "gradients": "at the peak",
     "activations": "and all else of a step at the peak",
 }
+
+
+def _autoencoder(made: str | None) -> str | None:
+    """Return whose operations are counted where the data is not of Stable Diffusion's autoencoder."""
+    name = Path(made or "").name
+    if name.startswith("sd-vae"):
+        return None
+    recorded = f"'{printable(name)}'" if made else "not recorded"
+    return f"Stable Diffusion's; the data's: {recorded}"
 
 
 def _gigabytes(size: float) -> str:

@@ -15,14 +15,15 @@ from vrpo.planning.trace import DataShape, EncoderTrace, StepTrace, trace_encode
 # Beside what tensors take: the context of the driver, and what the allocator cannot use for their odd sizes.
 RESERVE_BYTES, RESERVE_SHARE = 1e9, 0.05
 LATENT_CHANNELS = 4
-FLOAT = 4
+FLOAT, HALF = 4, 2
 
 
 @dataclass(frozen=True)
 class DataFacts:
     """The data of a run, prepared or only described; ``flips`` where mirror images have latents of their own.
 
-    ``bytes`` is what prepared data takes on disk, and None where it is only described.
+    ``bytes`` is what prepared data takes on disk, and None where it is only described. Of latents, ``posterior`` says
+    whether mean and standard deviation are stored, or one value, and ``autoencoder`` what made them, None if unknown.
     """
 
     shape: DataShape
@@ -30,6 +31,8 @@ class DataFacts:
     flips: bool
     latents: bool
     bytes: int | None = None
+    posterior: bool = True
+    autoencoder: str | None = "sd-vae-ft-ema"
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ class Flops:
     """Operations for one image: each counts two for a multiply-add.
 
     ``trunk_training``, ``objective`` and ``encoders`` are spent on each training image (the encoder's share, where one
-    image is noised several times), ``autoencoder_encode`` once in preparing it, ``autoencoder_decode`` on each sample.
+    image is noised several times), ``autoencoder_encode`` once in preparing it, ``autoencoder_decode`` on each sample;
+    these two are Stable Diffusion's, whichever autoencoder made the latents.
     """
 
     trunk_forward: int
@@ -250,8 +254,8 @@ def _memory(
 
 def _disk(config: RunConfig, data: DataFacts, step: StepTrace, encoders: list[EncoderTrace], grid: int) -> Disk:
     shape, views = data.shape, 2 if data.flips else 1
-    # Mean and deviation in float16.
-    latents = data.images * views * 2 * 2 * shape.in_channels * shape.input_size**2 if data.latents else 0
+    row = HALF * (2 if data.posterior else 1) * shape.in_channels * shape.input_size**2
+    latents = data.images * views * row if data.latents else 0
     described = data.images * 3 * shape.image_size**2 + latents
     moments = 2 * FLOAT * (step.trunk_parameters + step.objective_parameters)
     checkpoint = FLOAT * 2 * step.trunk_parameters + step.objective_bytes + moments
