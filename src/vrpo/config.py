@@ -290,6 +290,7 @@ class TrainConfig(Section):
         "ddp", description="Weights of several processes: a copy each, shards, or shards within each machine."
     )
     shard_size: int = Field(0, ge=0, description="Processes to a sharded copy when hybrid; 0: those of one machine.")
+    deterministic: bool = Field(False, description="Repeat to the bit on a GPU too, by slower kernels where need be.")
     log_every: Count = Field(0, description="Images between telemetry records; 0: 50 steps.")
     validate_every: Count = Field(0, description="Images between held-out losses.")
     validation_images: Count = Field(1024, gt=0, description="Held-out images scored each time.")
@@ -308,6 +309,9 @@ class SampleConfig(Section):
     steps: int = Field(50, ge=1, description="Integration steps.")
     guidance_scale: float = Field(1.0, ge=0, description="1: no guidance.")
     guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="Times in which guidance acts.")
+    guidance_channels: int | None = Field(
+        None, ge=1, description="Channels, from the first, that guidance acts on; None: all. DiT's and SiT's code: 3."
+    )
     rows: int = Field(8, ge=1, description="Rows of a grid.")
     columns: int = Field(8, ge=1, description="Columns of a grid.")
     batch_size: int = Field(256, ge=1, description="Images that vrpo sample saves at once; no image depends on it.")

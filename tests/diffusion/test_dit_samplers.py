@@ -47,6 +47,30 @@ def test_a_dits_guidance_interval_includes_its_ends(sampler: str, interval: tupl
     assert len(calls) == 10
 
 
+@pytest.mark.parametrize("sampler", DIT_SAMPLERS)
+def test_a_dits_guidance_of_three_channels_is_that_of_its_code(sampler: str) -> None:
+    """``eps, rest = out[:, :3], out[:, 3:]``: the fourth channel and the variance are the conditional half's."""
+    labels = torch.tensor([0, 1])
+
+    def network(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        assert y is not None
+        out = torch.cat([x, torch.tanh(x)], dim=1)
+        return 0.5 * out + 0.01 * y[:, None, None, None]
+
+    def as_published(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        both = torch.cat([labels, torch.full_like(labels, 9)])
+        out = network(torch.cat([x, x]), torch.cat([t, t]), both).double()
+        conditional, null = out[:, :3].chunk(2)
+        return torch.cat([null + 2.0 * (conditional - null), out[:2, 3:]], dim=1)
+
+    images = []
+    for called, options in ((network, {"guidance_scale": 2.0, "guidance_channels": 3}), (as_published, {})):
+        source = SampleNoise(0, range(2), (4, 2, 2))
+        options |= {"sampler": sampler, "steps": 10, "null_label": 9, "noise_source": source}
+        images.append(sample_dit(called, source.initial(), labels, **options))
+    assert torch.equal(*images)
+
+
 SCALE, SHIFT = 0.6, 0.4
 
 

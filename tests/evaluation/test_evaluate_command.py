@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from vrpo.checkpoints import Checkpoint
-from vrpo.commands.evaluation import evaluate
+from vrpo.commands.evaluation import evaluate, parity
+from vrpo.commands.images import sample
 from vrpo.config_load import to_yaml, validate
 from vrpo.errors import CheckpointError, EvaluationError
 from vrpo.models.transformer import build_transformer
@@ -98,3 +99,44 @@ def test_what_is_scored_is_kept_when_a_later_source_fails(tmp_path: Path, capsys
     (record,) = json.loads(out.read_text())["evaluations"]
     assert (record["source"], list(record["metrics"])) == (str(whole), ["fd"])
     assert "Protocol" in capsys.readouterr().out
+
+
+class Rounding:
+    """A judge whose features depend on how many images it sees at once, as rounding does."""
+
+    name, weights_hash, input_size = "rounding", "0" * 64, 8
+
+    def pooled(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean((2, 3)) + 0.01 * len(images)
+
+
+def test_a_run_and_the_file_of_its_images_score_the_same_to_the_last_digit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More images than the judge sees at once, and a sampler that draws other batches of them."""
+    monkeypatch.setattr("vrpo.vision.encoders.load_feature_network", lambda *_, **__: Rounding())
+    run, images, out = write_run(tmp_path / "run"), write_images(tmp_path / "images"), tmp_path / "one.json"
+    count = ["--compute-batch", "12", "--device", "cpu"]
+    assert sample([str(run), "--out", str(tmp_path / "drawn.npz"), "--count", "70", *count]) == 0
+
+    results = []
+    for source in (run, tmp_path / "drawn.npz"):
+        judge = [*JUDGE[:-2], "--samples", "70", *count]
+        assert evaluate([str(source), "--reference", str(images), *judge, "--out", str(out)]) == 0
+        results.append(json.loads(out.read_text()))
+
+    assert results[0]["metrics"] == results[1]["metrics"]
+    assert results[0]["protocol"] == results[1]["protocol"]
+
+
+def test_parity_states_how_its_samples_were_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, images = write_run(tmp_path / "run"), write_images(tmp_path / "images")
+    assert sample([str(run), "--out", str(tmp_path / "drawn.npz"), "--count", "4", "--device", "cpu"]) == 0
+    words = [str(tmp_path / "drawn.npz"), str(images), *JUDGE[:4], "--features-size", "32", "--expect", "fd=1"]
+
+    assert parity([*words, "--out", str(tmp_path / "one.json")]) == 1
+
+    protocol = json.loads((tmp_path / "one.json").read_text())["protocol"]
+    assert (protocol["sampler"], protocol["steps"], protocol["seed"]) == ("ode-euler", 1, 0)
+    assert protocol["features"]["input_size"] == 32
+    assert "sampler not recorded" not in capsys.readouterr().out

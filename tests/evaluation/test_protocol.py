@@ -58,6 +58,14 @@ def test_line_states_every_field() -> None:
     assert "\n" not in line
 
 
+def test_channels_that_guidance_spares_are_stated_and_all_are_as_before() -> None:
+    record = PROTOCOL.to_dict()
+    assert "guidance_channels" not in record
+    some = Protocol.from_dict({**record, "guidance_channels": 3})
+    assert "guidance 1.8 on [0, 0.7], of the first 3 channels alone, labels" in some.line()
+    assert Protocol.from_dict(some.to_dict()) == some
+
+
 def test_line_says_what_is_not_known() -> None:
     protocol = Protocol(10, ReferenceRecord("adm", None, ""), FeaturesRecord("x", "x", "0", 8, precision="bfloat16"))
 
@@ -117,7 +125,8 @@ def test_only_inception_gives_fid() -> None:
 
 
 def test_sampling_record_is_read_from_folder_and_npz(tmp_path: Path) -> None:
-    record = {"sampler": "sde", "steps": 250, "guidance_interval": [0.0, 0.7], "weights": "ema", "compute_batch": 8}
+    drawn = {"sampler": "sde", "steps": 250, "guidance_channels": 3, "weights": "ema"}
+    record = {**drawn, "guidance_interval": [0.0, 0.7], "compute_batch": 8}
     chosen = {"rule": "best", "candidates": 4, "time": 0.5, "by": "prototypes"}
     (tmp_path / "sampling.json").write_text(json.dumps(record))
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((1, 2, 2, 3), np.uint8), sampling=np.array(json.dumps(record)))
@@ -130,7 +139,7 @@ def test_sampling_record_is_read_from_folder_and_npz(tmp_path: Path) -> None:
     assert "best of 4 at t = 0.5" in replace(PROTOCOL, **sampling_record(tmp_path / "chosen")).line()
     for source in (tmp_path, tmp_path / "images.npz"):
         fields = sampling_record(source)
-        assert fields == {"sampler": "sde", "steps": 250, "guidance_interval": (0.0, 0.7), "weights": "ema"}
+        assert fields == {**drawn, "guidance_interval": (0.0, 0.7)}
         assert replace(PROTOCOL, **fields).line().count("sde, 250 steps") == 1
     # One that names hundreds of classes.
     long = {**record, "label_policy": " and ".join(f"class number {i}" for i in range(2_000))}

@@ -12,7 +12,7 @@ from vrpo.config import RunConfig
 from vrpo.config_load import validate
 from vrpo.errors import ConfigError
 from vrpo.models.transformer import DiffusionTransformer
-from vrpo.sampling import ImageSampler, sample_labels
+from vrpo.sampling import ImageSampler, check_sampling, sample_labels
 from vrpo.sampling.sampler import default_compute_batch
 
 
@@ -99,6 +99,22 @@ def test_precision_is_the_runs_or_its_own() -> None:
     assert 0 < (plain.float() - rounded.float()).abs().max() < 16
 
 
+def test_guided_channels_are_part_of_the_protocol_where_they_are_not_all() -> None:
+    trunk, labels = network(), torch.arange(4)
+
+    def drawn(guidance: float, channels: int | None) -> tuple[torch.Tensor, object]:
+        sampler = ImageSampler(trunk, config("sde", guidance, guidance_channels=channels), device="cpu")
+        return sampler.images(range(4), labels, 0), sampler.protocol.get("guidance_channels")
+
+    every, first, all_named = drawn(3.0, None), drawn(3.0, 1), drawn(3.0, 3)
+    assert (every[1], first[1], all_named[1], drawn(1.0, 1)[1]) == (None, 1, None, None)
+    assert torch.equal(every[0], all_named[0])
+    assert not torch.equal(every[0], first[0])
+    beside_a_token = config(guidance=2.0, guidance_channels=1).sample
+    with pytest.raises(ConfigError, match=r"sample.guidance_channels 1 leaves open .* the token"):
+        check_sampling("SiT", beside_a_token, True, 0.1, 3, token=True)
+
+
 def test_guidance_needs_classes_and_is_refused_before_the_network_runs() -> None:
     trunk = watched(num_classes=0)
     with pytest.raises(ConfigError, match=r"sample.guidance_scale 2 needs classes, and there are none"):
@@ -112,6 +128,7 @@ def test_guidance_needs_classes_and_is_refused_before_the_network_runs() -> None
         ("SiT", {"sampler": "ddpm"}, r"^sample.sampler 'ddpm' does not fit SiT: choose one of: ode-euler"),
         ("SiT", {"guidance_interval": (0.7, 0.3)}, r"^sample.guidance_interval 0.7 0.3 ends before it starts"),
         ("DiT", {"sampler": "ddim", "steps": 240}, r"^sample.steps 240 does not divide"),
+        ("SiT", {"guidance_channels": 4}, r"^sample.guidance_channels 4 is not among the 3 channels that are sampled"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_at_once(kind: str, changes: dict[str, Any], sentence: str) -> None:

@@ -206,15 +206,19 @@ class _Subject:
 def _drawn(
     run: RunSampler, name: str, count: int, drawing: Drawing, progress: Callable[[str, int, int], None]
 ) -> ImageSet:
-    """Return images that are drawn while they are scored: memory holds one batch of them."""
-    from vrpo.evaluation.images import ImageSet
+    """Return images that are drawn while they are scored: memory holds one batch of them.
+
+    They come in the batches of a file that held them, which the last digits of features depend on.
+    """
+    from vrpo.evaluation.images import ImageSet, regroup
 
     labels = run.labels(count, drawing.labels, drawing.seed)
 
     def batches(size: int) -> Iterator[Tensor]:
         told = partial(progress, "sampling and scoring")
-        for batch in run.sampler.batches(range(count), labels, drawing.seed, lambda done: told(done, count)):
-            yield from batch.split(size)
+        yield from regroup(
+            run.sampler.batches(range(count), labels, drawing.seed, lambda done: told(done, count)), size
+        )
 
     return ImageSet(name, count, batches)
 
@@ -283,10 +287,7 @@ class Parity:
     """Sample file: npz in ADM layout, folder or zip."""
     reference: Positional[Path]
     """Reference file: npz in ADM layout, or any reference."""
-    features: str = "inception"
-    """Feature network, as in `vrpo evaluate`."""
-    features_weights: str | None = None
-    """Local weights file of the feature network, or random."""
+    judge: tyro.conf.OmitArgPrefixes[Judge] = dataclasses.field(default_factory=lambda: Judge("inception"))
     expect: tuple[str, ...] = ()
     """Published values, such as fd=2.27 sfid=4.6 is=278.2 precision=0.83 recall=0.57."""
     tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.01
@@ -306,6 +307,7 @@ def parity(words: list[str]) -> int:
     from vrpo.devices import resolve_device
     from vrpo.evaluation.evaluate import evaluate_images
     from vrpo.evaluation.parity import compare_published, parse_expected
+    from vrpo.evaluation.protocol import sampling_record
 
     expected = parse_expected(options.expect)
     for path in (options.samples, options.reference):
@@ -313,9 +315,15 @@ def parity(words: list[str]) -> int:
             raise DataError(f"there is nothing at {path}: give an npz file, a folder or a zip of images.")
     if options.out is not None:
         check_result(options.out, ".json", (options.samples, options.reference))
-    network = Judge(options.features, options.features_weights).load(resolve_device(options.device))
+    record = sampling_record(options.samples)
+    network = options.judge.load(resolve_device(options.device))
     result = evaluate_images(
-        options.samples, options.reference, network, metrics=tuple(expected) or None, progress=sys.stderr.isatty()
+        options.samples,
+        options.reference,
+        network,
+        metrics=tuple(expected) or None,
+        protocol_fields=dict(record),
+        progress=sys.stderr.isatty(),
     )
     comparison = compare_published(result, expected, options.tolerance)
     Console().print(comparison.table())

@@ -35,6 +35,8 @@ class Drawing:
     """1: no guidance."""
     guidance_interval: tuple[Finite, Finite] | None = None
     """Times, from 0 = data to 1 = noise, in which guidance acts."""
+    guidance_channels: Positive | None = None
+    """Channels, from the first, that guidance acts on; default all. The code of DiT and SiT guides 3 of their 4."""
     labels: Literal["balanced", "random"] = "balanced"
     """Class labels: evenly over the classes, or uniform at random."""
     weights: Literal["ema", "raw"] = "ema"
@@ -79,8 +81,9 @@ class Drawing:
 
     def settings(self) -> dict[str, Any]:
         """Return what was given, by the names of `SampleConfig`."""
-        names = ("sampler", "steps", "guidance_scale", "guidance_interval", "batch_size", "compute_batch", "precision")
-        given = {name: getattr(self, name) for name in (*names, "decoder") if getattr(self, name) is not None}
+        guidance = ("guidance_scale", "guidance_interval", "guidance_channels")
+        names = ("sampler", "steps", *guidance, "batch_size", "compute_batch", "precision", "decoder")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return given | ({"any_decoder": True} if self.any_decoder else {})
 
 

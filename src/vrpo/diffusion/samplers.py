@@ -1,7 +1,8 @@
 """Samplers: probability-flow ODE and reverse SDE for velocity networks, DDPM and DDIM for DiT.
 
 The state is integrated in float64; the network sees the dtype of the initial noise. Guidance is v_null + s
-(v_cond - v_null) (arXiv 2207.12598), inside a closed interval of times (arXiv 2404.07724).
+(v_cond - v_null) (arXiv 2207.12598), inside a closed interval of times (arXiv 2404.07724), on all channels or, as
+DiT's and SiT's code does, on the first ones alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from vrpo.diffusion.noise import NoiseSource
 from vrpo.diffusion.paths import DiscretePath, Path, Quantity
 from vrpo.errors import ConfigError, nearest
+from vrpo.wording import counted
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 StepCallback = Callable[[int, float, Tensor], Tensor | None]
@@ -38,11 +40,14 @@ def check_settings(
     guidance_interval: tuple[float, float],
     *,
     classes: bool,
+    guidance_channels: int | None = None,
+    channels: int | None = None,
     section: str = "",
 ) -> None:
     """Refuse settings by which a velocity network (``kind`` "SiT") or a "DiT" cannot be sampled.
 
-    ``classes``: whether there is a null class beside labels; ``section`` stands before the names of settings.
+    ``classes``: whether there is a null class beside labels; ``channels``: those of the state, where they are known;
+    ``section`` stands before the names of settings.
 
     Raises:
         ConfigError: the first that does not fit.
@@ -74,6 +79,12 @@ def check_settings(
             f"{section}guidance_scale {guidance_scale:g} needs classes, and there are none (data.conditional is "
             "false, or no labels are given): use 1."
         )
+    if guidance_channels is not None and channels is not None and not 1 <= guidance_channels <= channels:
+        sampled = counted(channels, "channel", "channels")
+        raise ConfigError(
+            f"{section}guidance_channels {guidance_channels} is not among the {sampled} that are sampled: leave it out "
+            "to guide all."
+        )
 
 
 class _Guided:
@@ -87,10 +98,11 @@ class _Guided:
         scale: float,
         interval: tuple[float, float],
         null_label: int | None,
+        channels: int | None,
         state_dtype: torch.dtype,
     ) -> None:
         self._network, self._labels, self._scale = network, labels, scale
-        self._batch, self._channels = noise.shape[:2]
+        self._batch, self._channels = len(noise), noise.shape[1] if channels is None else channels
         self._input_dtype, self._state_dtype, self._device = noise.dtype, state_dtype, noise.device
         self._low, self._high = interval[0] - TIME_TOLERANCE, interval[1] + TIME_TOLERANCE
         if scale != 1.0:
@@ -101,7 +113,7 @@ class _Guided:
     def __call__(self, state: Tensor, t: float, unit_time: float) -> Tensor:
         """Return the guided output at network time ``t``, guided where ``unit_time`` lies in the interval.
 
-        Channels beyond the state's (DiT's variance) are the conditional half's.
+        Channels beyond the guided ones, and beyond the state's (DiT's variance), are the conditional half's.
         """
         x = state.to(self._input_dtype)
         if self._scale == 1.0 or not self._low <= unit_time <= self._high:
@@ -136,6 +148,7 @@ def sample(
     steps: int,
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_channels: int | None = None,
     null_label: int | None = None,
     noise_source: NoiseSource | None = None,
     state_dtype: torch.dtype = torch.float64,
@@ -147,15 +160,26 @@ def sample(
     twice a step, except in its last, which is an Euler step. ``sde`` is Euler-Maruyama as in REPA (arXiv
     2410.06940): ``steps`` evaluations, at times from 1 to 0.04, diffusion coefficient 2t, then a step to 0
     without noise; it draws from ``noise_source``. Guidance applies to an evaluation whose own time lies in
-    the closed ``guidance_interval``. ``on_step(k, t, state)`` is called after step k = 1, 2, ... with the
+    the closed ``guidance_interval``, and to the first ``guidance_channels`` channels (None: all), the others being
+    conditional. ``on_step(k, t, state)`` is called after step k = 1, 2, ... with the
     time reached; where it returns rows (B',), only these of the batch go on.
 
     Raises ConfigError for an unknown sampler, too few steps, guidance without classes, or a missing noise
     source.
     """
-    classes = labels is not None and null_label is not None
-    check_settings("SiT", sampler, steps, guidance_scale, guidance_interval, classes=classes)
-    velocity = _Guided(network, noise, labels, guidance_scale, guidance_interval, null_label, state_dtype=state_dtype)
+    check_settings(
+        "SiT",
+        sampler,
+        steps,
+        guidance_scale,
+        guidance_interval,
+        classes=labels is not None and null_label is not None,
+        guidance_channels=guidance_channels,
+        channels=noise.shape[1],
+    )
+    velocity = _Guided(
+        network, noise, labels, guidance_scale, guidance_interval, null_label, guidance_channels, state_dtype
+    )
     state = noise.to(state_dtype)
     if sampler == "sde":
         if noise_source is None:
@@ -229,6 +253,7 @@ def sample_dit(
     steps: int,
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_channels: int | None = None,
     null_label: int | None = None,
     noise_source: NoiseSource | None = None,
     state_dtype: torch.dtype = torch.float64,
@@ -240,15 +265,25 @@ def sample_dit(
     position of the log-variance in its range. ``ddpm`` visits ``steps`` of the 1000 steps, evenly spaced with
     both ends (ADM's respacing), with the learned variance, and draws from ``noise_source.generators``;
     ``ddim`` is deterministic, ignores the variance, and its ``steps`` must divide 1000. Guidance, its
-    interval (of t / 999) and ``on_step`` are as in `sample`; guidance leaves the variance as the conditional
-    half predicts it, as DiT does.
+    interval (of t / 999), its channels and ``on_step`` are as in `sample`; guidance leaves the variance as the
+    conditional half predicts it, as DiT does.
 
     Raises ConfigError as `sample` does, and for a number of steps that the schedule cannot take.
     """
-    classes = labels is not None and null_label is not None
-    check_settings("DiT", sampler, steps, guidance_scale, guidance_interval, classes=classes)
+    check_settings(
+        "DiT",
+        sampler,
+        steps,
+        guidance_scale,
+        guidance_interval,
+        classes=labels is not None and null_label is not None,
+        guidance_channels=guidance_channels,
+        channels=noise.shape[1],
+    )
     path = DiscretePath()
-    output = _Guided(network, noise, labels, guidance_scale, guidance_interval, null_label, state_dtype=state_dtype)
+    output = _Guided(
+        network, noise, labels, guidance_scale, guidance_interval, null_label, guidance_channels, state_dtype
+    )
     scheduler, options = _scheduler(sampler, steps, path, noise_source)
     channels = noise.shape[1]
     state = noise.to(state_dtype)

@@ -8,7 +8,7 @@ import os
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,6 +101,20 @@ def first_images(images: ImageSet, count: int) -> ImageSet:
                 return
 
     return ImageSet(images.name, count, batches)
+
+
+def regroup(batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """Yield the images of ``batches`` in the batches that `open_images` of a file yields, whatever theirs are."""
+    held: list[Tensor] = []
+    for batch in batches:
+        size = _fitting(size, batch[0].numel())
+        held.append(batch)
+        while sum(map(len, held)) >= size:
+            full, rest = torch.cat(held).tensor_split([size])
+            held = [rest] if len(rest) else []
+            yield full
+    if held:
+        yield torch.cat(held)
 
 
 def _from_tensor(images: Tensor) -> ImageSet:

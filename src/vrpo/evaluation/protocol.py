@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 from vrpo.errors import EvaluationError
 from vrpo.untrusted import printable
+from vrpo.wording import counted
 
 if TYPE_CHECKING:
     from vrpo.evaluation.features import FeatureNetwork
@@ -80,8 +81,9 @@ class Protocol:
     """What to state beside every metric; None where images came without a record of how they were sampled.
 
     ``occasion`` is "training" for the small evaluation that a run makes of itself, which is no row of a table of full
-    ones. ``selection`` says how each image was chosen from several candidates, where it was; ``kid``, ``manifold`` and
-    ``inception_score`` hold the settings of those metrics where they were computed.
+    ones. ``guidance_channels`` is None where guidance acts on all, and then left out of a record. ``selection`` says
+    how each image was chosen from several candidates, where it was; ``kid``, ``manifold`` and ``inception_score`` hold
+    the settings of those metrics where they were computed.
     """
 
     sample_count: int
@@ -91,6 +93,7 @@ class Protocol:
     steps: int | None = None
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
+    guidance_channels: int | None = None
     label_policy: str | None = None
     decoder: str | None = None
     weights: Literal["ema", "raw"] | None = None
@@ -107,6 +110,8 @@ class Protocol:
         record = asdict(self)
         if self.guidance_interval is not None:
             record["guidance_interval"] = list(self.guidance_interval)
+        if self.guidance_channels is None:
+            del record["guidance_channels"]
         return record
 
     @classmethod
@@ -153,6 +158,8 @@ class Protocol:
             text += f", guidance {self.guidance_scale:g}"
             if self.guidance_interval is not None:
                 text += " on [{:g}, {:g}]".format(*self.guidance_interval)
+            if self.guidance_channels is not None:
+                text += f", of the first {counted(self.guidance_channels, 'channel', 'channels')} alone"
         if self.selection:
             how = "best" if self.selection["rule"] == "best" else "one resampled"
             text += f", {how} of {self.selection['candidates']} at t = {self.selection['time']:g}"
@@ -184,6 +191,7 @@ class SamplingFields(TypedDict, total=False):
     steps: int
     guidance_scale: float
     guidance_interval: tuple[float, float]
+    guidance_channels: int
     label_policy: str
     decoder: str
     weights: Literal["ema", "raw"]

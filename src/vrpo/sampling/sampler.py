@@ -30,10 +30,18 @@ def build_denoising(kind: str, config: DiffusionConfig) -> Denoising:
     return FlowMatching(get_path(config.path), config.time, config.logit_mean, config.logit_std)
 
 
-def check_sampling(kind: str, settings: SampleConfig, conditional: bool, label_dropout: float) -> None:
+def check_sampling(
+    kind: str,
+    settings: SampleConfig,
+    conditional: bool,
+    label_dropout: float,
+    channels: int | None = None,
+    token: bool = False,
+) -> None:
     """Refuse settings that a transformer of ``kind``, with classes or without, cannot be sampled by.
 
-    ``label_dropout``: share of labels that training replaced by the null class, which guidance asks for.
+    ``label_dropout``: share of labels that training replaced by the null class, which guidance asks for;
+    ``channels``: those of an image or its latents, where they are known; ``token``: whether one is sampled beside it.
 
     Raises:
         ConfigError: the first that does not fit.
@@ -45,8 +53,15 @@ def check_sampling(kind: str, settings: SampleConfig, conditional: bool, label_d
         settings.guidance_scale,
         settings.guidance_interval,
         classes=conditional,
+        guidance_channels=settings.guidance_channels,
+        channels=channels,
         section="sample.",
     )
+    if settings.guidance_channels is not None and token:
+        raise ConfigError(
+            f"sample.guidance_channels {settings.guidance_channels} leaves open what becomes of the token that this "
+            "model samples beside the image: leave it out to guide all."
+        )
     if settings.guidance_scale != 1 and label_dropout == 0:
         raise ConfigError(
             f"sample.guidance_scale {settings.guidance_scale:g} needs a null class, which training with "
@@ -91,7 +106,14 @@ class ImageSampler:
             ConfigError: settings that the network cannot be sampled by.
         """
         self.settings = settings or config.sample
-        check_sampling(network.kind, self.settings, network.num_classes > 0, config.model.label_dropout)
+        check_sampling(
+            network.kind,
+            self.settings,
+            network.num_classes > 0,
+            config.model.label_dropout,
+            network.in_channels,
+            network.token_width > 0,
+        )
         self.network = network
         self.config = config
         self.device = torch.device(device)
@@ -108,11 +130,14 @@ class ImageSampler:
     def protocol(self) -> dict[str, Any]:
         """The part of a number's protocol that sampling decides."""
         settings = self.settings
+        # Named only where it acts, so that what was recorded without it is the same protocol.
+        some = settings.guidance_scale != 1 and settings.guidance_channels not in (None, self.network.in_channels)
         return {
             "sampler": settings.sampler,
             "steps": settings.steps,
             "guidance_scale": settings.guidance_scale,
             "guidance_interval": list(settings.guidance_interval),
+            **({"guidance_channels": settings.guidance_channels} if some else {}),
             "decoder": self.decoder.description,
             **({} if self._candidates is None else {"selection": self._candidates.selection.protocol}),
         }
@@ -166,6 +191,7 @@ class ImageSampler:
             "steps": settings.steps,
             "guidance_scale": settings.guidance_scale,
             "guidance_interval": settings.guidance_interval,
+            "guidance_channels": settings.guidance_channels,
             "null_label": network.num_classes if network.num_classes else None,
             "noise_source": noise,
             "state_dtype": torch.float32 if self.device.type == "mps" else torch.float64,
