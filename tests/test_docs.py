@@ -22,6 +22,7 @@ import vrpo.commands.data
 import vrpo.commands.evaluation
 import vrpo.commands.images
 import vrpo.commands.plan
+import vrpo.commands.publish
 import vrpo.commands.representation
 import vrpo.commands.training
 from vrpo.alignment.objective import AlignmentBatch
@@ -330,6 +331,7 @@ def test_every_command_in_the_text_parses(page: Path, monkeypatch: pytest.Monkey
         vrpo.commands.images,
         vrpo.commands.representation,
         vrpo.commands.plan,
+        vrpo.commands.publish,
         vrpo.commands.training,
     ):
 

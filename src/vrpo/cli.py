@@ -26,6 +26,8 @@ COMMANDS = {
     "presets": ("training.presets", "List the presets, or show one: vrpo presets NAME [--full]."),
     "train": ("training.train", "Train a diffusion transformer."),
     "sample": ("images.sample", "Draw images from a run."),
+    "export": ("publish.export", "Write a run's weights as the code of DiT, SiT, REPA or REG reads them."),
+    "import": ("publish.import_", "Make a run of a checkpoint of DiT, SiT, REPA or REG."),
     "evaluate": ("evaluation.evaluate", "Score runs, folders or npz files against reference images."),
     "evaluate stats": ("evaluation.stats", "Save the statistics of reference images."),
     "evaluate parity": ("evaluation.parity", "Score a pair of published files and compare with published values."),

@@ -67,8 +67,16 @@ def load_published(model: DiffusionTransformer, path: str | Path, source: Source
     model.load_state_dict(from_published(read_tensors(path), model, source))
 
 
-def save_published(model: DiffusionTransformer, path: str | Path, source: Source) -> None:
+def save_published(
+    model: DiffusionTransformer,
+    path: str | Path,
+    source: Source,
+    projectors: Mapping[str, Tensor] | None = None,
+    metadata: dict[str, str] | None = None,
+) -> None:
     """Write ``model`` so that the code of ``source`` reads it: a .pt with {"ema": weights}, or safetensors.
+
+    ``projectors`` are as in ``to_published``; ``metadata`` goes into a safetensors file, and a .pt has none.
 
     Raises:
         CheckpointError: a model that ``source`` cannot express, or a suffix other than .pt and .safetensors.
@@ -77,10 +85,10 @@ def save_published(model: DiffusionTransformer, path: str | Path, source: Source
     path = Path(path)
     if path.suffix not in (".safetensors", ".pt", ".pth"):
         raise CheckpointError(f"Cannot tell the format of '{path}': end its name in .safetensors or .pt.")
-    published = {name: value.contiguous().cpu() for name, value in to_published(model, source).items()}
+    published = {name: value.contiguous().cpu() for name, value in to_published(model, source, projectors).items()}
     with replacing(path) as unfinished:
         if path.suffix == ".safetensors":
-            write_safetensors(unfinished, published)
+            write_safetensors(unfinished, published, metadata)
         else:
             # A file of Python's own raises its own errors, where torch's writer would raise others.
             with unfinished.open("wb") as file:

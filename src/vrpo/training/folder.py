@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 import vrpo
+from vrpo.checkpoints import read_state
 from vrpo.config import RunConfig
 from vrpo.config_load import load_file, to_yaml, validate
-from vrpo.errors import ConfigError
+from vrpo.errors import CheckpointError, ConfigError
 from vrpo.files import is_unfinished, write_text
 from vrpo.free_keys import is_free
 from vrpo.models.transformer import parameter_count
@@ -46,6 +47,11 @@ def claim_folder(run: Path, config: RunConfig, resume: bool) -> None:
         if not (run / "checkpoints").is_dir() and not (run / "metrics.jsonl").is_file():
             return  # it failed before its first step: nothing is lost by beginning again
         raise ConfigError(f"{run} holds a run already: go on with --resume, or choose another --out.")
+    if _is_imported(run):
+        raise ConfigError(
+            f"{run} was imported, and weights alone hold no optimiser and no place in the data to go on from: sample "
+            "and evaluate it, or train a run from the beginning in another --out."
+        )
     old = flatten(validate(load_file(file, sealed=True), str(file)).model_dump(mode="json"))
     new = flatten(config.model_dump(mode="json"))
     for key in sorted(set(old) | set(new)):
@@ -54,6 +60,14 @@ def claim_folder(run: Path, config: RunConfig, resume: bool) -> None:
                 f"resuming {run} would change {key} from {old.get(key)} to {new.get(key)}: start a new run with "
                 "another --out, or leave it as it was."
             )
+
+
+def _is_imported(run: Path) -> bool:
+    """Whether `vrpo import` made the run, of which there is one checkpoint, without an optimiser's state."""
+    try:
+        return "imported" in read_state(run / "checkpoints" / "step-00000000")
+    except CheckpointError:
+        return False
 
 
 def _may_change(key: str, config: RunConfig) -> bool:
