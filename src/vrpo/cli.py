@@ -10,6 +10,7 @@ from importlib import import_module
 
 from vrpo import __version__
 from vrpo.errors import ConfigError, VrpoError, nearest
+from vrpo.processes import leave_reason
 from vrpo.untrusted import printable
 
 INTERRUPTED = 130
@@ -66,8 +67,7 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         code = _dispatch(list(words))
     except VrpoError as error:
-        if not error.silent:
-            print(f"vrpo: {printable(str(error))}", file=sys.stderr)
+        _tell(str(error), error.silent)
         code = error.exit_code
     except KeyboardInterrupt:
         remedy = CONTINUE.get(words[0] if words else "", "run the command again to start over.")
@@ -80,16 +80,23 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.stderr.close()
         code = 0
     except OSError as error:
-        if not getattr(error, "silent", False):
-            print(f"vrpo: {printable(_os_sentence(error))}", file=sys.stderr)
+        _tell(_os_sentence(error), getattr(error, "silent", False))
         code = VrpoError.exit_code
     except (MemoryError, RuntimeError) as error:
         if not _is_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200].rstrip(".") or "the machine has no more"
-        print(f"vrpo: memory ran out ({printable(reason)}): use smaller batches, and see `vrpo plan`.", file=sys.stderr)
+        _tell(f"memory ran out ({reason}): use smaller batches, and see `vrpo plan`.")
         code = VrpoError.exit_code
     sys.exit(code)
+
+
+def _tell(sentence: str, silent: bool = False) -> None:
+    """Print an error's sentence, unless another process does, and leave it to the launcher."""
+    sentence = printable(sentence)
+    if not silent:
+        print(f"vrpo: {sentence}", file=sys.stderr)
+    leave_reason(sentence)
 
 
 def _is_of_memory(error: Exception) -> bool:

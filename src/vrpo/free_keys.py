@@ -17,6 +17,7 @@ FREE_KEYS = (
     "train.compile",
     "train.parallel",
     "train.shard_size",
+    "train.deterministic",
     "train.keep_checkpoints",
     "train.stop_after_bad",
 )

@@ -7,6 +7,7 @@ no GPU and never meets the gradients.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import uuid
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vrpo.errors import ConfigError, VrpoError
@@ -221,6 +223,21 @@ def connect(patience: timedelta = HOST_TIMEOUT, go_on: str = "go on with --resum
         # NCCL would wait for processes that do not know of an error; gloo closes its connections, which they notice.
         if together or backend == "gloo":
             dist.destroy_process_group()
+
+
+def leave_reason(sentence: str) -> None:
+    """Leave why this process fails to torchrun, if that started it: its summary then ends with the sentence.
+
+    The format is that of `torch.distributed.elastic.multiprocessing.errors.record`, without a traceback.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return
+    reason = {"message": {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}}
+    try:
+        Path(file).write_text(json.dumps(reason), encoding="utf-8")
+    except OSError:
+        return  # it is printed all the same
 
 
 def _name_of_start(store: Any, world: World) -> str:

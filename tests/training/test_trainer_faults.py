@@ -42,6 +42,35 @@ def test_non_finite_steps_never_reach_the_weights(make_config: Any, tmp_path: Pa
     assert records(tmp_path / "run", "train")[-1]["skipped"] == 3
 
 
+def test_a_loss_with_a_term_that_is_not_finite_is_null(make_config: Any, tmp_path: Path) -> None:
+    trainer = Trainer(make_config(train={"images": 32}), tmp_path / "run", say=lambda s: None)
+    trainer.module.objective = Poison(lambda call: call == 1)
+    trainer.train()
+    first, second = records(tmp_path / "run", "train")
+    assert (first["alignment_loss"], first["loss"]) == (None, None)
+    assert first["denoising"] is not None
+    assert second["loss"] == second["denoising"] + second["alignment_loss"]
+
+
+def test_tokens_that_are_not_finite_stay_out_of_the_prototypes(make_config: Any, tmp_path: Path) -> None:
+    for name, bad in (("whole", False), ("bad", True)):
+        trainer = Trainer(make_config(align={"objective": "repa"}), tmp_path / name, say=lambda s: None)
+        given = trainer.parts.targets.of_batch
+
+        def spoiled(*arguments: Any, given: Any = given, trainer: Any = trainer) -> Any:
+            targets = given(*arguments)
+            if trainer.step == 3:
+                targets.tokens[0][1, 0] = torch.nan
+            return targets
+
+        if bad:
+            trainer.parts.targets.of_batch = spoiled  # type: ignore[method-assign]
+        trainer.train()
+    kept, whole = (weights(tmp_path / name, "objective") for name in ("bad", "whole"))
+    assert kept["prototypes.counts"].sum() == whole["prototypes.counts"].sum() - 1
+    assert torch.isfinite(kept["prototypes.mean.0"]).all()
+
+
 def test_a_held_out_loss_that_is_not_finite_is_null(make_config: Any, tmp_path: Path) -> None:
     config = make_config(align={"objective": "repa"}, train={"validate_every": 16, "validation_images": 30})
     trainer = Trainer(config, tmp_path / "run", say=lambda s: None)
@@ -115,6 +144,26 @@ def test_damaged_checkpoint_is_passed_over(make_config: Any, tmp_path: Path) -> 
     assert_same(tmp_path / "run", tmp_path / "whole")
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert f"damaged-{newest.name}" in names
+    assert any(sentence.endswith(f"it was set aside as damaged-{newest.name}.") for sentence in said)
+
+
+def test_the_pointer_names_a_checkpoint_that_is_there(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(train={"checkpoint_every": 32, "keep_checkpoints": 9})
+    run(config, tmp_path / "run")
+    pointer = tmp_path / "run" / "checkpoints" / "latest"
+    (pointer.parent / "step-00000012" / "ema.safetensors").write_bytes(b"")
+    Trainer(config, tmp_path / "run", resume=True, say=lambda s: None)
+    assert pointer.read_text() == "step-00000008"
+    Trainer(config, tmp_path / "run", resume=True, rewind=40, say=lambda s: None)
+    assert pointer.read_text() == "step-00000004"
+
+
+def test_no_whole_checkpoint_is_a_sentence_that_says_what_to_do(make_config: Any, tmp_path: Path) -> None:
+    run(make_config(), tmp_path / "run")
+    for state in (tmp_path / "run" / "checkpoints").glob("*/state.json"):
+        state.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"can be used \(the newest: .*state.json .*\): put back a copy"):
+        Trainer(make_config(), tmp_path / "run", resume=True, say=lambda s: None)
 
 
 def test_good_checkpoints_outlive_damaged_ones(make_config: Any, tmp_path: Path) -> None:

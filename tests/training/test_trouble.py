@@ -17,8 +17,9 @@ from vrpo.data.loader import BatchOrder
 from vrpo.errors import CheckpointError
 from vrpo.training import rewind as rewind_module
 from vrpo.training.rewind import Rewind, passed_at, read_rewinds
+from vrpo.training.step import StepOutput
 from vrpo.training.trainer import Trainer
-from vrpo.training.trouble import NonFiniteError
+from vrpo.training.trouble import NonFiniteError, Watch
 
 STEPS = {"train": {"images": 160, "checkpoint_every": 16, "keep_checkpoints": 20, "stop_after_bad": 3, "log_every": 8}}
 
@@ -36,14 +37,17 @@ def final(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(max((folder / "checkpoints").glob("step-*")) / "model.safetensors")
 
 
-def spoil(run: Trainer, steps: range, row: int | None) -> list[str]:
-    """Make the denoising loss of one image (or the gradient alone) infinite at these steps; return the image's key."""
+def spoil(run: Trainer, steps: range, row: int | None, always: bool = False) -> list[str]:
+    """Make the denoising loss of one image (or the gradient alone) infinite at these steps; return the image's key.
+
+    It stays finite once the run was rewound, unless ``always``.
+    """
     original = run._train_step
     key = "" if row is None else run.parts.dataset.key(int(run.loader.indices(steps[0])[row]))
     loss = run.parts.denoising.loss
 
     def step(batch: Any) -> None:
-        bad = run.step in steps and run.counters.passed == 0
+        bad = run.step in steps and (always or run.counters.passed == 0)
 
         def spoiled(output: torch.Tensor, *rest: Any) -> torch.Tensor:
             values = loss(output, *rest)
@@ -98,6 +102,69 @@ def test_a_span_that_began_before_a_resume_is_told_as_such(make_config: Any, tmp
     assert "last 9 steps, first in step 8 before the run was resumed (on which samples is not known);" in sentence
     assert "last good checkpoint is step-00000006" in sentence
     assert "--resume --rewind 56" in sentence
+
+
+def test_a_rewind_that_did_not_help_is_not_advised_again(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(**STEPS)
+    run = trainer(config, tmp_path / "run")
+    spoil(run, range(7, 20), row=5)
+    with pytest.raises(NonFiniteError, match=r"--resume --rewind 56, or start again with a lower train\.lr"):
+        run.train()
+    again = trainer(config, tmp_path / "run", resume=True, rewind=56)
+    spoil(again, range(7, 20), row=5, always=True)
+    with pytest.raises(NonFiniteError) as caught:
+        again.train()
+    sentence = str(caught.value)
+    assert sentence.endswith(
+        "a rewind to 56 images, past other data, did not help: start again with a lower train.lr or "
+        "--train.precision fp32."
+    )
+    said: list[str] = []
+    Trainer(config, tmp_path / "run", resume=True, rewind=56, say=said.append)
+    assert "was rewound to 56 images already: going on from there; another number goes back again." in said[0]
+
+
+def test_the_good_checkpoints_outlive_a_long_span(make_config: Any, tmp_path: Path) -> None:
+    often = {"checkpoint_every": 8, "keep_checkpoints": 2, "log_every": 160}
+    config = make_config(train=STEPS["train"] | often)
+    run = trainer(config, tmp_path / "run")
+    spoil(run, range(7, 20), row=5)
+    with pytest.raises(NonFiniteError, match=r"the last good checkpoint is step-00000007; .* --resume --rewind 56"):
+        run.train()
+    assert list(states(tmp_path / "run"))[:2] == [6, 7]
+    assert trainer(config, tmp_path / "run", resume=True, rewind=56).step == 7
+
+
+def test_a_checkpoint_that_was_due_in_a_span_is_made_after_it(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(train=STEPS["train"] | {"images": 120, "checkpoint_every": 40, "log_every": 120})
+    run = trainer(config, tmp_path / "run")
+    spoil(run, range(4, 7), row=5)
+    run.train()
+    assert list(states(tmp_path / "run")) == [8, 10, 15]
+
+
+def test_a_stop_in_a_span_keeps_where_it_was_and_the_good_ones(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(
+        train=STEPS["train"] | {"checkpoint_every": 8, "keep_checkpoints": 1, "log_every": 160, "stop_after_bad": 9}
+    )
+    half = config.model_copy(update={"train": config.train.model_copy(update={"images": 72})})
+    run = trainer(half, tmp_path / "run")
+    spoil(run, range(6, 20), row=5)
+    run.train()
+    assert list(states(tmp_path / "run")) == [6, 9]
+
+
+def test_the_terms_of_a_loss_are_told_apart() -> None:
+    outputs = {
+        "denoising loss": StepOutput(torch.ones(()), torch.tensor([1.0, torch.inf]), None, torch.ones(2)),
+        "alignment loss": StepOutput(torch.ones(()), torch.ones(2), torch.tensor(torch.nan), torch.ones(2)),
+        "token loss": StepOutput(torch.ones(()), torch.ones(2), torch.ones(()), torch.ones(2), torch.tensor(torch.inf)),
+    }
+    for name, output in outputs.items():
+        watch = Watch()
+        watch.add(output)
+        watch.end(0, torch.tensor(1))
+        assert watch.diagnose(1, 1).terms == (name,)
 
 
 def test_a_gradient_is_told_from_a_loss(make_config: Any, tmp_path: Path) -> None:

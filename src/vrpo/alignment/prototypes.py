@@ -28,17 +28,20 @@ class Prototypes:
     def add(self, targets: Sequence[Tensor], labels: Tensor, prepare: Callable[[Tensor], Tensor]) -> None:
         """Count in the first images of a batch: each encoder's tokens (B, N, C_e), labels (B,), never the null class.
 
-        ``prepare`` is the objective's ``prepare_target``. Nothing waits for the device.
+        ``prepare`` is the objective's ``prepare_target``. An image whose tokens are not finite is left out. Nothing
+        waits for the device.
         """
         labels = labels[:ROWS]
         # A product and not a scattered sum, whose order on a GPU is another one each time.
         classes = torch.arange(len(self.counts), device=labels.device)
-        members = (classes[:, None] == labels).to(self.counts.dtype)
+        pooled = [prepare(tokens[:ROWS]).mean(1) for tokens in targets]
+        usable = torch.stack([rows.isfinite().all(1) for rows in pooled]).all(0)
+        members = ((classes[:, None] == labels) & usable).to(self.counts.dtype)
         seen = members.sum(1)
         self.counts += seen
-        for mean, tokens in zip(self.means, targets, strict=True):
-            pooled = prepare(tokens[:ROWS]).mean(1)
-            mean += (members @ pooled - seen[:, None] * mean) / self.counts.clamp_min(1)[:, None]
+        for mean, rows in zip(self.means, pooled, strict=True):
+            finite = torch.where(usable[:, None], rows, 0)  # nothing times what is not finite is not nothing
+            mean += (members @ finite - seen[:, None] * mean) / self.counts.clamp_min(1)[:, None]
 
     def state(self) -> dict[str, Tensor]:
         """Return tensors for a checkpoint; none where there are no classes or encoders."""

@@ -74,7 +74,8 @@ def train(words: list[str]) -> int:
             )
         if world.first:
             counts = f"{result.images:,} images, {result.seconds:.0f} s of training"
-            tell(f"{result.status.capitalize()} at {counts}: {result.run}")
+            go_on = "; go on with --resume" if result.status == "stopped" else ""
+            tell(f"{result.status.capitalize()} at {counts}: {result.run}{go_on}")
     return 0 if result.signal is None else 128 + result.signal
 
 

@@ -19,11 +19,11 @@ from vrpo.untrusted import seal
 def save_checkpoint(
     run: Path,
     checkpoint: Checkpoint,
-    keep: int,
+    keep: int | None,
     keep_every: int = 0,
     write: Callable[[Path, dict[str, Tensor]], None] | None = None,
 ) -> Path:
-    """Write ``RUN/checkpoints/step-N`` and prune older ones beyond ``keep``.
+    """Write ``RUN/checkpoints/step-N`` and prune older ones beyond ``keep``, none where that is None.
 
     The folder gets its name only when every file in it is on disk; ``latest`` then points to it. Of every
     ``keep_every`` images one checkpoint is kept for good. ``write`` makes one part's safetensors file.
@@ -56,7 +56,8 @@ def save_checkpoint(
             f"the checkpoint at step {checkpoint.state['step']} could not be written to {folder} "
             f"({explain_os_error(error)}): earlier checkpoints are kept; make room and go on with --resume."
         ) from error
-    _prune(run, target, keep, keep_every)
+    if keep is not None:
+        _prune(run, target, keep, keep_every)
     return target
 
 
@@ -85,7 +86,8 @@ def _prune(run: Path, newest: Path, keep: int, keep_every: int) -> None:
 def find_newest(run: Path) -> tuple[Path, list[str]] | None:
     """Return the newest checkpoint that verifies, and why newer ones were passed over; None if there are none.
 
-    Those are renamed to ``damaged-step-N``, so that they neither count as kept nor stand in the way of a new one.
+    Those are renamed to ``damaged-step-N``, so that they neither count as kept nor stand in the way of a new one, and
+    ``latest`` names the one that is left.
 
     Raises:
         CheckpointError: there are checkpoints, but none verifies.
@@ -96,14 +98,31 @@ def find_newest(run: Path) -> tuple[Path, list[str]] | None:
         try:
             read_state(path, verify=True)
         except CheckpointError as error:
-            complaints.append(str(error))
+            complaints.append(without_advice(error))
             damaged.append(path)
             continue
         for folder in damaged:
             aside = folder.with_name(f"damaged-{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-        return path, complaints
+        _point_to(path)
+        told = zip(complaints, damaged, strict=True)
+        return path, [f"{complaint}; it was set aside as damaged-{folder.name}." for complaint, folder in told]
     if complaints:
-        raise CheckpointError(f"no checkpoint of {run} can be used; the newest: {complaints[0]}")
+        raise CheckpointError(
+            f"no checkpoint of {run} can be used (the newest: {complaints[0]}): put back a copy of one, or start again "
+            "in another --out."
+        )
     return None
+
+
+def without_advice(error: CheckpointError) -> str:
+    """Return what is wrong with a checkpoint, without the advice to use another one, where that is done."""
+    return str(error).removesuffix(": use another checkpoint.")
+
+
+def _point_to(newest: Path) -> None:
+    """Let ``latest`` name a checkpoint, where it names one that was set aside."""
+    latest = newest.with_name("latest")
+    if not latest.is_file() or latest.read_bytes() != newest.name.encode():
+        write_text(latest, newest.name)

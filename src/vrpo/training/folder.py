@@ -21,6 +21,7 @@ from vrpo.free_keys import is_free
 from vrpo.models.transformer import parameter_count
 from vrpo.processes import World
 from vrpo.runs import flatten
+from vrpo.training.lock import FILE as LOCK
 from vrpo.training.setup import Parts
 from vrpo.training.telemetry import Journal
 from vrpo.untrusted import seal, seal_text
@@ -39,8 +40,8 @@ def claim_folder(run: Path, config: RunConfig, resume: bool) -> None:
     """
     file = run / "config.yaml"
     if not file.is_file():
-        # A process that was killed in its first moment leaves hidden unfinished files.
-        if run.is_dir() and any(not is_unfinished(child) for child in run.iterdir()):
+        # A process that was killed in its first moment leaves hidden files.
+        if run.is_dir() and any(not is_unfinished(child) and child.name != LOCK for child in run.iterdir()):
             raise ConfigError(f"{run} is not empty and holds no run: choose another --out.")
         return
     if not resume:
@@ -108,6 +109,7 @@ def _facts(parts: Parts, status: str, world: World) -> dict[str, Any]:
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {sys.platform}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": world.size,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "parameters": {"trunk": parameter_count(parts.trunk), "objective": parameter_count(parts.objective)},
         "encoders": parts.targets.fingerprints,
         "data": {

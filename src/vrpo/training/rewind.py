@@ -18,6 +18,7 @@ from vrpo.checkpoints import find_checkpoints, read_state, step_of
 from vrpo.errors import CheckpointError
 from vrpo.files import write_text
 from vrpo.runs import Run
+from vrpo.training.checkpoint import without_advice
 from vrpo.untrusted import read_json, seal, unseal
 
 FILE = "rewinds.json"
@@ -64,7 +65,7 @@ def rewind_run(run: Path, images: int, batch_size: int) -> str:
     """
     rewinds = read_rewinds(run)
     if rewinds and rewinds[-1].images == images:
-        return f"{run} was rewound to {images:,} images already: going on from there."
+        return f"{run} was rewound to {images:,} images already: going on from there; another number goes back again."
     saved = find_checkpoints(run)
     known = [path for path in saved if step_of(path) * batch_size <= images]
     if not known:
@@ -84,7 +85,7 @@ def rewind_run(run: Path, images: int, batch_size: int) -> str:
     kept = [rewind for rewind in rewinds if rewind.step < target]
     entries = [asdict(rewind) for rewind in (*kept, Rewind(images, target, passed))]
     write_text(run / FILE, json.dumps(seal({"rewinds": entries}), indent=1))
-    return "".join(f"Passed over a checkpoint: {complaint} " for complaint in complaints) + (
+    return "".join(f"Passed over a checkpoint: {complaint}. " for complaint in complaints) + (
         f"Rewound {run} from step {reached} to its checkpoint at step {target}: the data of the {reached - target} "
         "steps between are passed over, and the noise is drawn anew."
     )
@@ -97,10 +98,13 @@ def _newest_whole(known: Sequence[Path]) -> tuple[int, list[str]]:
         try:
             read_state(path, verify=True)
         except CheckpointError as error:
-            complaints.append(str(error))
+            complaints.append(without_advice(error))
         else:
             return step_of(path), complaints
-    raise CheckpointError(f"no checkpoint to rewind to can be used; the newest: {complaints[0]}")
+    raise CheckpointError(
+        f"no checkpoint to rewind to can be used; the newest: {complaints[0]}: give a larger --rewind, or put "
+        "back a copy of one."
+    )
 
 
 def set_aside_rewound(run: Path) -> None:

@@ -93,12 +93,16 @@ def _check_evaluation(config: RunConfig) -> None:
         raise ConfigError(f"evaluate.samples {config.evaluate.samples} is too few to score: use at least {fewest}.")
 
 
-def idle_settings(config: RunConfig) -> Iterator[str]:
+def idle_settings(config: RunConfig, world: World = ALONE) -> Iterator[str]:
     """Give a sentence for each setting that will do nothing for want of something to do it with."""
     if config.train.validate_every and config.data.validation is None:
         yield "No held-out loss will be measured: data.validation is not set."
     if config.train.evaluate_every and config.evaluate.features is None:
         yield "Samples will not be scored during training: evaluate.features is not set."
+    if config.train.parallel != "ddp" and world.size == 1:
+        yield f"train.parallel {config.train.parallel} does nothing: one process has no other to share weights with."
+    if config.train.shard_size and config.train.parallel != "hybrid":
+        yield "train.shard_size does nothing: it is of --train.parallel hybrid."
     align = config.align
     if not align.uses_token and align.token.model_copy(update={"use": None}) != TokenConfig():
         yield "The settings of align.token do nothing: there is no token; --align.token.use True trains one."

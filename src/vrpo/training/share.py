@@ -57,7 +57,9 @@ def share(batch_size: int, micro_batch: int, noisings: int, world: World = ALONE
 
 
 def describe_share(part: Share, world: World) -> str:
-    """Return the sentence that says how a step is divided."""
+    """Return the sentence that says how a step is divided, among processes and into passes."""
     passes = "in one pass" if part.passes == 1 else f"in {part.passes} passes of {part.micro}"
     whole = part.size * world.size
+    if world.size == 1:
+        return f"A step's {whole} images are taken {passes}."
     return f"A step's {whole} images are divided among {world.size} processes: {part.size} each, {passes}."

@@ -21,9 +21,11 @@ from vrpo.processes import ALONE, World
 from vrpo.training.ema import Ema
 from vrpo.training.folder import begin_folder, claim_folder, open_journal, write_facts
 from vrpo.training.latents import CleanLatents
+from vrpo.training.lock import FolderLock
 from vrpo.training.observe import BrokenOffError, Observer
 from vrpo.training.optim import Optimizer
 from vrpo.training.parallel import Parallel
+from vrpo.training.repeatable import repeatable
 from vrpo.training.setup import Parts, build_parts, idle_settings
 from vrpo.training.share import describe_share, share
 from vrpo.training.state import Counters, RunState, take_up
@@ -86,14 +88,17 @@ class Trainer:
         self._display = display if world.first else None
         told = progress if world.first else None
         # The first process goes first: it may fill caches on disk, which the others then read.
+        self._lock = FolderLock(run)
         with world.in_turn():
             claim_folder(run, config, resume)
-            for sentence in idle_settings(config):
+            if world.first:
+                self._lock.take()
+            for sentence in idle_settings(config, world):
                 self.say(sentence)
             self.parts: Parts = build_parts(config, self.say, told, world)
         parts, train = self.parts, config.train
         self.share = share(train.batch_size, train.micro_batch, train.noisings, world)
-        if world.size > 1:
+        if world.size > 1 or self.share.passes > 1:
             self.say(describe_share(self.share, world))
         self.ema = Ema(parts.trunk, train.ema)
         self.prototypes = Prototypes(parts.num_classes, parts.targets.widths, parts.device)
@@ -108,7 +113,7 @@ class Trainer:
         if config.data.verify:
             with world.agreed():
                 parts.verify_data(world, told)
-        world.ask_first(lambda: begin_folder(run, parts, world))
+        world.ask_first(lambda: self._begin_folder(resume))
         with world.in_turn():
             means = run / "target_means.safetensors"
             parts.targets.fit_means(parts.dataset, means, resumed=self.step > 0 or not world.first)
@@ -134,6 +139,7 @@ class Trainer:
         self.observer = Observer(parts, self.ema.network, run, world)
         self._writer = CheckpointWriter(run, train.keep_checkpoints, train.keep_every, world, self.parallel.sharded)
         self._meter, self._by_time = Meter(world), BinnedMean(TIME_BINS, parts.device, world)
+        self._owed = False  # a checkpoint that was due among steps that were not finite
         self._watch = Watch()
         self._window = Window(self.images)
         self._target_time, self._objective_time = Stopwatch(parts.device), Stopwatch(parts.device)
@@ -148,6 +154,12 @@ class Trainer:
     def images(self) -> int:
         """Images trained on so far."""
         return self.counters.images
+
+    def _begin_folder(self, resume: bool) -> None:
+        self.run.mkdir(parents=True, exist_ok=True)
+        self._lock.take()
+        claim_folder(self.run, self.config, resume)  # another process may have been in it since
+        begin_folder(self.run, self.parts, self.world)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -165,7 +177,7 @@ class Trainer:
         batches = self.loader.batches(self.counters.position, steps + self.counters.passed)
         finished = False
         self.parts.trunk.train()
-        with StopRequest() as stop, closing(journal), closing(batches):
+        with closing(self._lock), StopRequest() as stop, closing(journal), closing(batches):
 
             def go_on() -> None:
                 if shared.agree(stop.signal) is not None:
@@ -187,7 +199,9 @@ class Trainer:
                     if last:
                         break
                     # Before anything is measured, which may take long and must not cost what was trained.
-                    if self._due(train.checkpoint_every):
+                    self._owed |= self._due(train.checkpoint_every)
+                    # Weights stand still while steps are skipped, and what is kept must be from before: see the writer.
+                    if self._owed and not self._in_trouble():
                         self._pause(self.save)
                     self._observe(journal)
                 if self.step >= steps:
@@ -196,10 +210,13 @@ class Trainer:
                     finished = True
             except BrokenOffError:
                 pass  # what was broken off is due when the run goes on
-            except (EvaluationError, ConfigError, DataError, OSError) as error:
-                if self.world.size == 1 or getattr(error, "shared", False):
+            except Exception as error:
+                together = self.world.size == 1 or getattr(error, "shared", False)
+                if together and isinstance(error, (EvaluationError, ConfigError, DataError, OSError)):
                     self.save()  # what went wrong beside training must not cost what was trained
                     self._writer.wait()
+                # The thread's messages to the other processes must not be cut off by the end of this one.
+                self._writer.leave(together)
                 raise
             self.save()
             self._writer.wait()
@@ -300,9 +317,9 @@ class Trainer:
         window, optimizer = self._window, self.optimizer
         elapsed = max(window.seconds, 1e-9)
         logs = {name: plain(value) for name, value in self.world.mean(self.parts.objective.logs()).items()}
-        denoising, beside = means["denoising"], [means.get(name) for name in ("alignment_loss", "token_loss")]
+        denoising, beside = means["denoising"], [means.get(name, 0.0) for name in ("alignment_loss", "token_loss")]
         record: dict[str, Any] = {
-            "loss": None if denoising is None else denoising + sum(extra or 0.0 for extra in beside),
+            "loss": None if None in (denoising, *beside) else denoising + sum(beside),
             **means,
             "denoising_by_time": self._by_time.take(),
             "lr": optimizer.learning_rate(self.images),
@@ -322,8 +339,9 @@ class Trainer:
         self._writer.check()
         if self._display is not None:
             self._display(Report(self.step, self.images, self.config.train.images, record))
-        in_a_row = int(optimizer.skipped_in_a_row.item())
+        in_a_row = self._in_trouble()
         if in_a_row >= self.config.train.stop_after_bad:
+            self._writer.wait()  # the sentence names the last good checkpoint, which may be under way
             found = self._watch.diagnose(self.step, in_a_row)
             sentence = diagnosis(found, in_a_row, self.run, self.state, self.loader, self.world)
             with self.world.agreed():
@@ -334,9 +352,14 @@ class Trainer:
     def _write(self, journal: Journal, kind: str, **values: Any) -> None:
         journal.write(kind, step=self.step, images=self.images, seconds=round(self.counters.seconds, 3), **values)
 
+    def _in_trouble(self) -> int:
+        """Return how many steps in a row, up to now, were not finite; this waits for the device."""
+        return int(self.optimizer.skipped_in_a_row.item())
+
     def save(self) -> None:
-        """Begin to write a checkpoint."""
-        self._writer.save(self.state.tensors(self.optimizer), self.state.record())
+        """Begin to write a checkpoint; one made among steps that are not finite takes the place of no other."""
+        self._owed = False
+        self._writer.save(self.state.tensors(self.optimizer), self.state.record(), prune=not self._in_trouble())
 
 
 def _say_nothing(sentence: str) -> None:
@@ -353,4 +376,5 @@ def _repeat(tensor: Tensor, times: int) -> Tensor:
 
 def train(config: RunConfig, run: Path | str, **options: Any) -> TrainResult:
     """Train ``config`` in folder ``run``; see ``Trainer`` for the options."""
-    return Trainer(config, Path(run), **options).train()
+    with repeatable(config.train.deterministic):
+        return Trainer(config, Path(run), **options).train()

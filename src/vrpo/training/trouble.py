@@ -14,10 +14,13 @@ from vrpo.checkpoints import find_checkpoints, step_of
 from vrpo.data.loader import Loader
 from vrpo.errors import CheckpointError
 from vrpo.processes import World
+from vrpo.training.rewind import read_rewinds
 from vrpo.training.state import RunState
 from vrpo.training.step import StepOutput
 
 _NAMED = 3
+# The terms of a step's loss: that of the images, and what an objective adds.
+_TERMS = ("denoising loss", "alignment loss", "token loss")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._images: list[Tensor] = []
-        self._objective: list[Tensor] = []
+        self._beside: dict[str, list[Tensor]] = {name: [] for name in _TERMS[1:]}
         self._first: Tensor | None = None
         self._bad: Tensor | None = None
         self._terms: Tensor | None = None
@@ -51,16 +54,18 @@ class Watch:
     def add(self, output: StepOutput) -> None:
         """Note one pass of a step; the host waits for nothing."""
         self._images.append(output.denoising.isfinite().logical_not())
-        for extra in (output.alignment_loss, output.token_loss):
+        for found, extra in zip(self._beside.values(), (output.alignment_loss, output.token_loss), strict=True):
             if extra is not None:
-                self._objective.append(extra.isfinite().logical_not().any())
+                found.append(extra.isfinite().logical_not().any())
 
     def end(self, step: int, in_a_row: Tensor) -> None:
         """End a step (counted from 0), the last of ``in_a_row`` () that were not finite; the host waits for nothing."""
         bad = torch.cat(self._images)
-        objective = torch.stack(self._objective).any() if self._objective else bad.new_zeros(())
-        terms = torch.stack([bad.any(), objective])
-        self._images, self._objective = [], []
+        beside = [torch.stack(found).any() if found else bad.new_zeros(()) for found in self._beside.values()]
+        terms = torch.stack([bad.any(), *beside])
+        self._images = []
+        for found in self._beside.values():
+            found.clear()
         if self._first is None or self._bad is None or self._terms is None:
             self._first, self._bad, self._terms = in_a_row.new_full((), -1, dtype=torch.int64), bad, terms
         begins = in_a_row == 1
@@ -76,7 +81,7 @@ class Watch:
         assert self._bad is not None
         assert self._terms is not None
         first = step - in_a_row
-        found = zip(("denoising loss", "objective's loss"), self._terms.tolist(), strict=True)
+        found = zip(_TERMS, self._terms.tolist(), strict=True)
         terms = tuple(name for name, present in found if present)
         if int(self._first) != first:
             return Trouble(first, terms, None)
@@ -106,10 +111,14 @@ def diagnosis(found: Trouble, in_a_row: int, run: Path, state: RunState, loader:
         samples = _name_samples(bad or [key for _, _, keys in told for key in keys], bool(bad))
     good = next((path for path in find_checkpoints(run) if step_of(path) <= found.first), None)
     remedy = "start again with a lower train.lr or --train.precision fp32."
-    if good is not None:
+    rewinds, images = read_rewinds(run), found.first * train.batch_size
+    if rewinds and rewinds[-1].images == images:
+        # Other data met it at the same step; and the same request again would do nothing.
+        remedy = f"a rewind to {images} images, past other data, did not help: {remedy}"
+    elif good is not None:
         remedy = (
             f"the last good checkpoint is {good.name}; go back to it, past these data, with --resume --rewind "
-            f"{found.first * train.batch_size}, or {remedy}"
+            f"{images}, or {remedy}"
         )
     return (
         f"training stopped at step {counters.step}: the {_name_terms(terms)} was not finite in the last {in_a_row} "

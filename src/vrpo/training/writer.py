@@ -8,8 +8,10 @@ processes can read it, and so can anything that reads safetensors.
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,10 @@ from vrpo.training.checkpoint import save_checkpoint
 from vrpo.training.optim import is_sharded
 
 Parts = dict[str, dict[str, Tensor]]
+Write = Callable[[Path, dict[str, Tensor]], None]
+
+# Seconds that a checkpoint under way is given where this process fails on its own.
+PATIENCE = 10.0
 
 
 class CheckpointWriter:
@@ -43,8 +49,10 @@ class CheckpointWriter:
             # The thread's messages must not meet those of training.
             self._group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
 
-    def save(self, tensors: Parts, state: dict[str, Any]) -> None:
+    def save(self, tensors: Parts, state: dict[str, Any], prune: bool = True) -> None:
         """Copy ``tensors`` and begin to write them, after waiting for the checkpoint before.
+
+        Without ``prune`` every older checkpoint stays.
 
         Raises:
             CheckpointError: the one before could not be written.
@@ -58,7 +66,7 @@ class CheckpointWriter:
             return
         # A state that is whole needs no other process, so the interpreter may wait for the end of its writing.
         self._thread = threading.Thread(
-            target=self._write, args=(copies, state), name="vrpo-checkpoint", daemon=self._group is not None
+            target=self._write, args=(copies, state, prune), name="vrpo-checkpoint", daemon=self._group is not None
         )
         self._thread.start()
 
@@ -72,6 +80,14 @@ class CheckpointWriter:
             self._thread.join()
             self._thread = None
         self._raise()
+
+    def leave(self, together: bool) -> None:
+        """Let the checkpoint under way end, where the run has ended by an error; its own is not told beside that.
+
+        Where the processes did not fail ``together``, another one may be lost or silent: it is given little time.
+        """
+        if self._thread is not None:
+            self._thread.join(None if together else PATIENCE)
 
     def check(self) -> None:
         """Raise what ``wait`` would if the checkpoint under way has failed already."""
@@ -105,13 +121,13 @@ class CheckpointWriter:
             self._copies[key] = buffer
         return buffer.copy_(value, non_blocking=True)
 
-    def _write(self, copies: Parts, state: dict[str, Any]) -> None:
+    def _write(self, copies: Parts, state: dict[str, Any], prune: bool) -> None:
         """Write a checkpoint; this runs in the thread."""
         try:
             if self._group is None:
-                save_checkpoint(self.run, Checkpoint(copies, state), self.keep, self.keep_every)
+                self._save(copies, state, prune)
             else:
-                self._write_together(copies, state)
+                self._write_together(copies, state, prune)
         except VrpoError as error:
             self._error = error
         except BaseException as error:  # nobody would hear of it in a thread
@@ -121,7 +137,11 @@ class CheckpointWriter:
                 "kept; go on with --resume."
             )
 
-    def _write_together(self, copies: Parts, state: dict[str, Any]) -> None:
+    def _save(self, copies: Parts, state: dict[str, Any], prune: bool, write: Write | None = None) -> None:
+        keep = self.keep if prune else None
+        save_checkpoint(self.run, Checkpoint(copies, state), keep, self.keep_every, write)
+
+    def _write_together(self, copies: Parts, state: dict[str, Any], prune: bool) -> None:
         """Write shards from all processes; the first one leads, and the others wait to hear that a folder is there."""
         if not self.world.first:
             failure: Exception | None = None
@@ -150,11 +170,13 @@ class CheckpointWriter:
             self._announce(str(folder))
             write_shards(folder, tensors, self._group)
             (joined,) = folder.glob("*.safetensors")
+            with joined.open("rb+") as file:
+                os.fsync(file.fileno())  # joining leaves it to the system when it is on disk
             joined.rename(path)
             shutil.rmtree(folder)
 
         try:
-            save_checkpoint(self.run, Checkpoint(copies, state), self.keep, self.keep_every, write)
+            self._save(copies, state, prune, write)
         finally:
             if parts:
                 self._announce(None)
