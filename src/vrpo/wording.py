@@ -13,3 +13,11 @@ def clock(seconds: float) -> str:
 def counted(count: int, one: str, many: str) -> str:
     """Return "1 image" or "2,000 images"."""
     return f"{count:,} {one if count == 1 else many}"
+
+
+def sized(count: float) -> str:
+    """Return bytes as "469.4 GiB", "12.0 MiB" or "0.5 KiB"."""
+    for unit, power in (("GiB", 30), ("MiB", 20)):
+        if count >= 2**power:
+            return f"{count / 2**power:,.1f} {unit}"
+    return f"{count / 2**10:,.1f} KiB"

@@ -96,6 +96,14 @@ def test_centre_crop_is_adms_to_the_bit_on_200_odd_shapes():
         assert np.array_equal(np.asarray(centre_crop(image, size)), adm_crop_by_pil(image, size)), (width, height, size)
 
 
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (1024, 683), (2048, 1365), (511, 1025)])
+def test_centre_crop_of_a_photograph_is_adms_to_the_bit(width, height):
+    image = noise_image(width, width, height)
+    cropped = np.asarray(centre_crop(image, 256))
+    assert cropped.shape == (256, 256, 3)
+    assert np.array_equal(cropped, adm_crop_by_pil(image, 256))
+
+
 def test_image_of_the_target_size_is_untouched():
     image = noise_image(3, 32, 32)
     pixels, upscaled = decode(encode(image), 32)

@@ -93,14 +93,20 @@ def transformers_folder(folder: Path, family: str) -> Path:
 
 KINDS = [("timm", family) for family in TIMM] + [("transformers", family) for family in TRANSFORMERS]
 every_family = pytest.mark.parametrize("kind", KINDS, ids="-".join)
+# Of MoCo-v3 there are only its training's checkpoints, of one size.
+CONVERTED = ("checkpoint", "mocov3-vit-s")
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, str]], tuple[Encoder, Path]]:
+def load(
+    tmp_path_factory: pytest.TempPathFactory, mocov3: tuple[Path, torch.nn.Module]
+) -> Callable[[tuple[str, str]], tuple[Encoder, Path]]:
     """The encoder of a library's family and its folder, each made once."""
     made: dict[tuple[str, str], tuple[Encoder, Path]] = {}
 
     def loaded(kind: tuple[str, str]) -> tuple[Encoder, Path]:
+        if kind == CONVERTED:
+            made[kind] = load_encoder(kind[1], weights=mocov3[0], grid=GRID), mocov3[0]
         if kind not in made:
             library, family = kind
             folder = tmp_path_factory.mktemp("encoders") / "-".join(kind)
@@ -157,10 +163,12 @@ def library_tokens(kind: tuple[str, str], folder: Path, prepared: Tensor) -> Ten
         mask = torch.ones(patches.shape[:2], dtype=torch.int64)
         return network(patches, mask, torch.tensor([[GRID, GRID]] * len(prepared))).last_hidden_state
     own = {} if family.startswith("dino") else {"interpolate_pos_encoding": True}
-    return network(prepared, **own).last_hidden_state
+    states = network(prepared, **own).last_hidden_state
+    # The library normalises CLIP's class token alone.
+    return getattr(network, "vision_model", network).post_layernorm(states) if family == "clip" else states
 
 
-@every_family
+@pytest.mark.parametrize("kind", [*KINDS, CONVERTED], ids="-".join)
 def test_a_quadrant_moves_its_own_tokens_most(kind, load) -> None:
     encoder, _ = load(kind)
     pixels = images(1, 64)

@@ -61,6 +61,10 @@ def test_a_large_cache_is_agreed_to_first(tmp_path, encoder, rows, monkeypatch):
         cache.check_room(500)
     monkeypatch.setattr(cache, "bytes", 2**32)
     cache.check_room(10)
+    monkeypatch.setattr(cache, "bytes", 40 * 2**20)
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * 2**10))
+    with pytest.raises(DataError, match=r"take 40\.0 MiB in .*, and only 5\.0 KiB are free there: make room"):
+        cache.check_room(10)
     assert not cache.folder.exists()
 
 

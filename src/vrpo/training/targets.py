@@ -20,6 +20,7 @@ from vrpo.files import load_tensors, replacing, save_tensors
 from vrpo.vision.backbone import EncoderOutput
 from vrpo.vision.cache import TokenCache
 from vrpo.vision.encoders import Encoder, load_encoder
+from vrpo.wording import sized
 
 MEAN_IMAGES = 512
 
@@ -231,6 +232,6 @@ class Targets:
         cache = TokenCache(dataset.path / "tokens", encoder, dataset, flips=flip)
         if not cache.complete:
             cache.check_room(limit)
-            say(f"Caching the tokens of {encoder.name}: {cache.bytes / 2**30:.2f} GiB at {cache.folder}.")
+            say(f"Caching the tokens of {encoder.name}: {sized(cache.bytes)} at {cache.folder}.")
             cache.build(progress=None if progress is None else lambda done, of: progress("tokens", done, of))
         return cache

@@ -20,6 +20,7 @@ from vrpo.untrusted import read_json, seal, unseal
 from vrpo.vision.backbone import EncoderOutput
 from vrpo.vision.encoders import Encoder
 from vrpo.vision.rows import ImageRows
+from vrpo.wording import sized
 
 FORMAT = 2
 PART_BYTES = 256 * 2**20
@@ -78,18 +79,18 @@ class TokenCache:
             DataError: there is too little room for what is still missing.
         """
         size = self.bytes / 2**30
-        what = f"The tokens of {self.encoder.name} for {self.rows:,} images take {size:,.1f} GiB in {self.folder}"
+        what = f"The tokens of {self.encoder.name} for {self.rows:,} images take {sized(self.bytes)} in {self.folder}"
         if size > limit:
             raise ConfigError(
                 f"{what}: agree to that with --encoder.cache-limit {math.ceil(size)}, or compute them online with "
                 "--encoder.cache False."
             )
-        missing = size * (1 - len(self._hashes) / self.parts)
+        missing = self.bytes * (1 - len(self._hashes) / self.parts)
         existing = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
-        free = shutil.disk_usage(existing).free / 2**30
+        free = shutil.disk_usage(existing).free
         if missing > free:
             raise DataError(
-                f"{what}, and only {free:,.1f} GiB are free there: make room, or compute them online with "
+                f"{what}, and only {sized(free)} are free there: make room, or compute them online with "
                 "--encoder.cache False."
             )
 
@@ -117,7 +118,7 @@ class TokenCache:
         except OSError as error:
             raise DataError(
                 f"The token cache {self.folder} could not be written ({error.strerror or error}): it needs "
-                f"{self.bytes / 2**30:.2f} GiB in all; make room and run again, finished parts are kept."
+                f"{sized(self.bytes)} in all; make room and run again, finished parts are kept."
             ) from error
         return self
 

@@ -28,6 +28,8 @@ FAMILY_STATISTICS = {
     "beit": (HALF, HALF),
 }
 MAP_PROBE = 128
+# What families call the normalisation after their last layer.
+NORMS = ("post_layernorm", "layernorm", "norm")
 # What the tokens do without, so that published files may lack it.
 SPARE = ("pooler", "mask_token")
 
@@ -51,13 +53,13 @@ class TransformersBackbone(Backbone):
         self.name, self.network, self.weights_hash = name, network, weights_hash
         self.pooler = pooler  # whether the network's own pooling has weights
         self.index = feature
-        self.feature = "last" if feature is None else str(feature)
         self.mean, self.std = statistics
         config: Any = network.config
         patch = getattr(config, "patch_size", None)
         self.patches = isinstance(patch, int)
         self.default_input = int(getattr(config, "image_size", None) or 224)
         self.kind = str(config.model_type)
+        self.norm: nn.Module = nn.Identity()
         self.options: dict[str, Any] = {}
         if "interpolate_pos_encoding" in inspect.signature(network.forward).parameters:
             self.options["interpolate_pos_encoding"] = True
@@ -71,12 +73,16 @@ class TransformersBackbone(Backbone):
                 self.prefix = count - (self.fixed_input // self.stride) ** 2
             if config.model_type in {"dinov2", "dinov2_with_registers"}:
                 self.default_input = 16 * self.stride
+            self._find_norm(self.fixed_input or 4 * self.stride)
         else:
             states = self._states(MAP_PROBE)
             if states.ndim != 4:
                 raise ConfigError(f"Encoder '{name}' gives no token map: choose an image model.")
             self.stride = round(MAP_PROBE / states.shape[-1])
             self.prefix = 0
+        # Part of the fingerprint: tokens are others where the library leaves the normalisation out.
+        own = isinstance(self.norm, nn.Identity)
+        self.feature = ("last" if feature is None else str(feature)) + ("" if own else ", normalised")
 
     def tokens(self, images: Tensor) -> Tensor:
         states = self._forward(images)
@@ -105,7 +111,7 @@ class TransformersBackbone(Backbone):
         output = self._run(images)
         states = output.last_hidden_state
         if self.prefix:
-            return states[:, 0]
+            return (states if self.index is not None else self.norm(states))[:, 0]
         own = getattr(output, "pooler_output", None) if self.pooler else None
         if own is not None:
             return own.flatten(1)
@@ -113,7 +119,7 @@ class TransformersBackbone(Backbone):
 
     def _forward(self, images: Tensor) -> Tensor:
         if self.index is None:
-            return self._run(images).last_hidden_state
+            return self.norm(self._run(images).last_hidden_state)
         states = self._run(images, output_hidden_states=True).hidden_states[1:]
         count = len(states)
         if not -count <= self.index < count:
@@ -122,7 +128,27 @@ class TransformersBackbone(Backbone):
                 f"Encoder '{self.name}' has {count} layers, so feature {self.index} does not exist: "
                 f"the nearest is {closest}."
             )
-        return states[self.index]
+        return self.norm(states[self.index])
+
+    @torch.no_grad()
+    def _find_norm(self, side: int) -> None:
+        """Keep the network's last normalisation where the library's states that are read come without it.
+
+        Some families normalise all last states, CLIP only the class token that it pools, and none those of a layer
+        before; whether the last of all layers' states is normalised differs by family and version.
+        """
+        found = next((getattr(self.network, name) for name in NORMS if hasattr(self.network, name)), None)
+        if not isinstance(found, nn.LayerNorm):
+            return
+        given: list[Tensor] = []
+        hook = found.register_forward_hook(lambda _, __, output: given.append(output))
+        try:
+            states = self._forward(torch.zeros(1, 3, side, side))
+        finally:
+            hook.remove()
+        done = any(output.shape == states.shape and torch.equal(output, states) for output in given)
+        if not done and found.normalized_shape == states.shape[-1:]:
+            self.norm = found
 
     def _run(self, images: Tensor, **options: Any) -> Any:
         """Call the network so that it sees every patch of ``images``, in their order."""
