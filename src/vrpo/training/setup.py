@@ -81,7 +81,9 @@ def check_config(config: RunConfig, world: World = ALONE) -> None:
             f"align.token denoises a token by its velocity, and {config.model.name} has none: use a SiT, or "
             "align.token.use False."
         )
-    check_sampling(kind, config.sample, config.data.conditional, config.model.label_dropout)
+    check_sampling(
+        kind, config.sample, config.data.conditional, config.model.label_dropout, token=config.align.uses_token
+    )
     _check_evaluation(config)
     train = config.train
     share(train.batch_size, train.micro_batch, train.noisings, world)
