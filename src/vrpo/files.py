@@ -150,18 +150,6 @@ def load_tensors(path: Path, *, sealed: bool = False) -> dict[str, Tensor]:
     return tensors
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    from safetensors import safe_open
-
-    with whole_safetensors(path), safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
-
-
 def load_weights(path: Path) -> Any:
     """Read a safetensors file, or any other as one of PyTorch, of which nothing is executed.
 

@@ -21,13 +21,14 @@ from vrpo.config import RunConfig
 from vrpo.config_load import merge, to_yaml, validate
 from vrpo.data.manifest import LatentRecord, Normaliser
 from vrpo.errors import CheckpointError, ConfigError
-from vrpo.files import read_metadata, sha256_file, sync_folder, write_text
+from vrpo.files import sha256_file, sync_folder, write_text
 from vrpo.models.transformer import SIZES, DiffusionTransformer, build_transformer, parameter_count, parse_model_name
 from vrpo.models.weights import Source, from_published, read_tensors, repa_projectors
 from vrpo.publish.projectors import count, from_repa
 from vrpo.sampling import check_sampling
 from vrpo.training.checkpoint import save_checkpoint
 from vrpo.untrusted import parse_json, read_text, seal, seal_text
+from vrpo.vision.weight_files import read_metadata
 
 _KINDS = {"dit": "DiT", "sit": "SiT", "repa": "SiT", "reg": "SiT"}
 _OBJECTIVES = {"dit": "none", "sit": "none", "repa": "repa", "reg": "reg"}
