@@ -160,10 +160,11 @@ def test_several_results_share_one_table(inception) -> None:
 
 
 def test_each_metric_on_real_images(shared_data: Path) -> None:
-    """FD, sFD, IS and KID in MobileNetV2's features of CIFAR-10 against scipy and torch-fidelity."""
+    """All in MobileNetV2's features of CIFAR-10, against scipy, torch-fidelity and all distances in float64."""
     import timm
     from safetensors.torch import load_file
     from scipy.linalg import sqrtm
+    from scipy.spatial.distance import cdist
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
 
@@ -198,3 +199,10 @@ def test_each_metric_on_real_images(shared_data: Path) -> None:
     distance = kid_features_to_metric(pooled[0].double(), pooled[1].double(), **options)
     measured = kernel_distance(*pooled, subsets=5, subset_size=100)
     assert measured == pytest.approx(tuple(distance.values()), rel=1e-9)
+    own = [cdist(half.double(), half.double()) for half in pooled]
+    # The smallest distance of each row is the one to itself.
+    radii = [np.sort(distances, axis=1)[:, 3] for distances in own]
+    between = cdist(pooled[0].double(), pooled[1].double())
+    expected_cover = (between <= radii[1]).any(1).mean(), (between <= radii[0][:, None]).any(0).mean()
+    assert precision_recall(*pooled) == expected_cover
+    assert all(0 < value < 1 for value in expected_cover)

@@ -127,7 +127,7 @@ def test_misuse_is_one_sentence(tmp_path: Path, network) -> None:
         evaluate_images(images, images, network, metrics=("precison",))
     with pytest.raises(EvaluationError, match=r"There are 3 samples .* need at least 4"):
         evaluate_images(images[:3], images, network)
-    with pytest.raises(EvaluationError, match=r"There are 1 samples .* fd need at least 2"):
+    with pytest.raises(EvaluationError, match=r"There is 1 sample .* and fd needs at least 2"):
         evaluate_images(images[:1], images, network, metrics=("fd",))
     with pytest.raises(EvaluationError, match="holds 3 images, too few for"):
         evaluate_images(images, images[:3], network)

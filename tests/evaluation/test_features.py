@@ -134,6 +134,18 @@ def test_cache_key_holds_network_input_size_and_data(tmp_path: Path, network) ->
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_features_of_another_preprocessing_are_computed_anew(
+    tmp_path: Path, network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = draw_images(12)
+    load_reference(images, network, cache=tmp_path)
+    monkeypatch.setattr("vrpo.evaluation.reference.PREPROCESSING", 0)
+    load_reference(images, network, cache=tmp_path)
+    load_reference(images, network, cache=tmp_path)
+
+    assert network.images_seen == 2 * 12
+
+
 def test_damaged_cache_is_replaced(tmp_path: Path, network) -> None:
     images = draw_images(12)
     first = load_reference(images, network, cache=tmp_path)

@@ -220,7 +220,7 @@ def test_misuse_is_one_sentence(random: np.random.Generator, tmp_path) -> None:
         statistics.update(np.ones((2, 3)))
     with pytest.raises(EvaluationError, match="NaN"):
         statistics.update(np.array([[1.0, np.nan, 0, 0]]))
-    with pytest.raises(EvaluationError, match="at least 2 samples and 1"):
+    with pytest.raises(EvaluationError, match="at least 2 images, and 1 was given; give more images"):
         frechet_distance(statistics, statistics_of(np.ones((1, 4))))
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(EvaluationError, match=r"text\.npz is no readable"):

@@ -52,7 +52,8 @@ def test_classes_are_found_by_name_synonym_or_number(wanted: str, index: int) ->
     ("wanted", "names", "classes", "sentence"),
     [
         ("goldn retriever", NAMES, 4, "there is no class 'goldn retriever': did you mean 'golden retriever'?"),
-        ("4", NAMES, 4, "there is no class '4': choose one of: tabby, tabby cat, golden retriever, tench, 7."),
+        ("4", NAMES, 4, "there is no class '4': choose one of: tabby, tabby cat, golden retriever, tench, 7, or a "),
+        ("4", NAMES, 4, "tench, 7, or a number from 0 to 3."),
         ("tench", (), 4, "knows no names: give a number from 0 to 3."),
         ("tench", (), 0, "--class 'tench' cannot be drawn, because the model has no classes: leave it out."),
     ],

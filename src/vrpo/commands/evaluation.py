@@ -17,6 +17,7 @@ import tyro
 from pydantic import Field
 from tyro.conf import Positional
 
+from vrpo.commands.alone import refuse_processes
 from vrpo.commands.images import Drawing
 from vrpo.commands.outputs import check_output, check_result, tell
 from vrpo.commands.parse import parse
@@ -86,6 +87,7 @@ class Evaluate:
 
 def evaluate(words: list[str]) -> int:
     """Score images."""
+    refuse_processes("evaluate")
     options, _ = parse(Evaluate, words, "evaluate")
     if not options.sources:
         raise ConfigError("vrpo evaluate needs something to score: vrpo evaluate RUN --reference R --features F.")
@@ -262,6 +264,7 @@ class Stats:
 
 def stats(words: list[str]) -> int:
     """Save reference statistics."""
+    refuse_processes("evaluate stats")
     options, _ = parse(Stats, words, "evaluate stats")
     if not options.source.exists():
         raise DataError(f"there is nothing at {options.source}: give a data set, a folder, a zip or an npz file.")
@@ -300,6 +303,7 @@ class Parity:
 
 def parity(words: list[str]) -> int:
     """Compare with published values; the exit code is 1 where one differs."""
+    refuse_processes("evaluate parity")
     options, _ = parse(Parity, words, "evaluate parity")
 
     from rich.console import Console

@@ -12,6 +12,7 @@ import tyro
 from pydantic import Field
 from tyro.conf import Positional
 
+from vrpo.commands.alone import refuse_processes
 from vrpo.commands.outputs import check_output, check_result, tell
 from vrpo.commands.parse import parse
 from vrpo.config import Count, Positive, Seed
@@ -104,6 +105,7 @@ class Cknna:
 
 def cknna(words: list[str]) -> int:
     """Measure CKNNA."""
+    refuse_processes("evaluate cknna")
     options, _ = parse(Cknna, words, "evaluate cknna")
 
     from math import isqrt
@@ -169,6 +171,7 @@ class Probe:
 
 def probe(words: list[str]) -> int:
     """Fit linear probes."""
+    refuse_processes("evaluate probe")
     options, _ = parse(Probe, words, "evaluate probe")
 
     import numpy as np

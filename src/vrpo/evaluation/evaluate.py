@@ -26,6 +26,7 @@ from vrpo.evaluation.protocol import FeaturesRecord, Protocol, metric_label
 from vrpo.evaluation.reference import Reference, load_reference
 from vrpo.files import write_text
 from vrpo.untrusted import printable
+from vrpo.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -166,9 +167,10 @@ def evaluate_images(
     metrics = chosen_metrics(metrics, network)
     images = open_images(samples)
     if images.count < least_images(metrics):
+        there = "There is 1 sample" if images.count == 1 else f"There are {images.count} samples"
+        need = f"{' and '.join(metrics)} {'needs' if len(metrics) == 1 else 'need'}"
         raise EvaluationError(
-            f"There are {images.count} samples in {images.name} and {' and '.join(metrics)} need at least "
-            f"{least_images(metrics)}; sample more images."
+            f"{there} in {images.name} and {need} at least {least_images(metrics)}; sample more images."
         )
     against = load_reference(reference, network, cache=cache, batch_size=batch_size, progress=progress)
     check_reference(against, metrics)
@@ -189,13 +191,14 @@ def check_reference(reference: Reference, metrics: Sequence[str]) -> None:
     needing = [metric for metric in metrics if metric in _OF_MANIFOLDS | {"kid"}]
     vectors = reference.vectors
     if needing and vectors is None:
+        need, them = ("needs", "it") if len(needing) == 1 else ("need", "them")
         raise EvaluationError(
-            f"The reference {name} holds only the mean and covariance of features, and {', '.join(needing)} need "
-            "images; give the images, or leave these metrics out."
+            f"The reference {name} holds only the mean and covariance of features, and {', '.join(needing)} {need} "
+            f"images; give the images, or leave {them} out."
         )
     if needing and vectors is not None and len(vectors) < least_images(metrics):
         raise EvaluationError(
-            f"The reference {name} holds {len(vectors)} images, too few for {', '.join(metrics)}; "
+            f"The reference {name} holds {counted(len(vectors), 'image', 'images')}, too few for {', '.join(metrics)}; "
             f"give at least {least_images(metrics)}."
         )
     if "sfid" in metrics and reference.spatial is None:

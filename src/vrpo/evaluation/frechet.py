@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from vrpo.errors import EvaluationError
 from vrpo.evaluation.npz import read_arrays
+from vrpo.wording import counted
 
 Array = NDArray[np.float64]
 
@@ -142,8 +143,18 @@ class FeatureStatistics:
         count = int(arrays["count"]) if "count" in arrays and arrays["count"].dtype.kind in "iu" else None
         if count is not None and count < 2:
             raise EvaluationError(f"{path} says that it was made of {count} images; give one of at least 2.")
-        _require_finite(arrays[mean], arrays[covariance])
-        return cls.from_moments(arrays[mean], arrays[covariance], count)
+        if not all(np.isfinite(arrays[name]).all() for name in names):
+            raise EvaluationError(
+                f"'{mean}' or '{covariance}' of {path} contains NaN or infinite values; make the file again, or give "
+                "the images."
+            )
+        statistics = cls.from_moments(arrays[mean], arrays[covariance], count)
+        flaw = _flaw(arrays[covariance])
+        if flaw is not None:
+            raise EvaluationError(
+                f"'{covariance}' of {path} is no covariance, for it {flaw}; make the file again, or give the images."
+            )
+        return statistics
 
     def factor(self) -> Array:
         """Return A (D, r) with A A^T equal to the covariance and r its numerical rank."""
@@ -162,7 +173,8 @@ class FeatureStatistics:
         whole._fold()
         if whole._folded is None or whole._folded.samples < 2:
             raise EvaluationError(
-                f"A covariance needs at least 2 samples and {self.count} were given; sample more images."
+                f"A covariance needs at least 2 images, and {counted(self.count or 0, 'was', 'were')} given; give more "
+                "images."
             )
         return whole._folded
 
@@ -204,6 +216,27 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
     shift = first.mean - second.mean
     distance = shift @ shift + np.vdot(left, left) + np.vdot(right, right) - 2 * overlap
     return max(0.0, float(distance))
+
+
+def _flaw(covariance: NDArray) -> str | None:
+    """Say what a matrix (D, D) has that no covariance does, beyond the rounding of the numbers that it is kept in."""
+    kept = np.finfo(covariance.dtype).eps if covariance.dtype.kind == "f" else 0.0
+    tolerance = max(1e-6, float(kept))
+    matrix = covariance.astype(np.float64)
+    largest = np.abs(matrix).max(initial=0.0)
+    if largest == 0:
+        return None
+    for start in range(0, len(matrix), _BLOCK):
+        stop = start + _BLOCK
+        if np.abs(matrix[start:stop] - matrix[:, start:stop].T).max() > tolerance * largest:
+            return "is not symmetric"
+    # Rounding moves an eigenvalue by at most its share of the trace; with that added, a root exists.
+    matrix[np.diag_indices_from(matrix)] += tolerance * np.trace(matrix)
+    try:
+        np.linalg.cholesky(matrix)
+    except np.linalg.LinAlgError:
+        return "has negative eigenvalues"
+    return None
 
 
 def _require_finite(*arrays: Array) -> None:

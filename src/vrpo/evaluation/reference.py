@@ -24,6 +24,8 @@ from vrpo.files import replacing
 # The ADM suite compares manifolds with 10,000 reference images.
 MANIFOLD_IMAGES = 10_000
 _MANIFOLD_SEED = 0
+# To be raised whenever a file and a network would give other features than before: decoding, resizing, pooling.
+PREPROCESSING = 1
 # Names of a distribution's mean and covariance in an ADM reference file, pooled and spatial.
 POOLED = ("mu", "sigma")
 SPATIAL = ("mu_s", "sigma_s")
@@ -64,10 +66,11 @@ def load_reference(
     """Return the reference features of images, from the cache where they were computed before.
 
     The cache is the folder ``cache``, or ``features`` inside a prepared data set and ``NAME.features`` beside
-    other images; its key holds the data's fingerprint and the network's name, weights, input size and
-    precision. A cache file is itself a valid source. An ADM reference file gives Inception its moments ``mu``,
-    ``sigma``, ``mu_s``, ``sigma_s``, which are of more images than it holds, and its images ``arr_0`` for the
-    manifold; any other network sees the images alone. Raises EvaluationError for features of another network.
+    other images; its key holds the data's fingerprint, the network's name, weights, input size and precision,
+    and the version of what is done to an image before the network sees it. A cache file is itself a valid
+    source. An ADM reference file gives Inception its moments ``mu``, ``sigma``, ``mu_s``, ``sigma_s``, which
+    are of more images than it holds, and its images ``arr_0`` for the manifold; any other network sees the
+    images alone. Raises EvaluationError for features of another network.
     """
     features = FeaturesRecord.of(network)
     if isinstance(source, Reference):
@@ -123,7 +126,7 @@ def _manifold_indices(count: int) -> NDArray[np.int64]:
 def _cache_file(folder: Path | None, images: ImageSet, features: FeaturesRecord) -> Path | None:
     if folder is None or not images.fingerprint:
         return None
-    key = hashlib.sha256(repr((images.fingerprint, features)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((images.fingerprint, features, PREPROCESSING)).encode()).hexdigest()[:16]
     network = f"{features.architecture.replace('/', '-')}-{features.weights_hash[:8]}-{features.input_size}"
     return folder / f"{network}-{key}.npz"
 

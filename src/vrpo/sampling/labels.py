@@ -51,7 +51,10 @@ def find_class(wanted: str, names: Sequence[str], num_classes: int) -> int:
             f"{num_classes - 1}."
         )
     choices = [synonym for synonym in synonyms if "," not in synonym]
-    raise ConfigError(f"there is no class '{wanted}': {nearest(_plain(wanted), choices)}")
+    close = nearest(_plain(wanted), choices)
+    if not close.startswith("did you mean"):
+        close = f"{close.rstrip('.')}, or a number from 0 to {num_classes - 1}."
+    raise ConfigError(f"there is no class '{wanted}': {close}")
 
 
 def _plain(name: str) -> str:
