@@ -64,7 +64,7 @@ def test_a_checkpoint_counts_when_it_is_written(benchmark: dict[str, Any]) -> No
 
 def test_the_page_shows_the_result_file() -> None:
     record = json.loads((ROOT / "benchmarks" / "results" / "failure-simulation.json").read_text())
-    page = (ROOT / "docs" / "faults.md").read_text()
+    page = (ROOT / "docs" / "scaling.md").read_text()
     llama, opt = record["rates"]["Llama 3"], record["rates"]["OPT-175B"]
     for slow, fast in zip(llama["asynchronous"], opt["asynchronous"], strict=True):
         row = f"| {slow['interval_minutes']:g} | {slow['lost_hours']:g} | {slow['overhead_percent']:g}% |"

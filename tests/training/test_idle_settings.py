@@ -8,7 +8,9 @@ import pytest
 
 from vrpo.alignment.scaffold import CHECK_TRIALS, looks_before_latest
 from vrpo.config import RunConfig, ScaffoldConfig
+from vrpo.processes import ALONE, World
 from vrpo.training.setup import idle_settings
+from vrpo.training.share import describe_share, share
 
 
 def told(align: dict[str, Any], **train: Any) -> list[str]:
@@ -61,3 +63,20 @@ def test_looks_are_as_many_as_trials_and_time_allow(budget: int) -> None:
         if (image + 1) % (budget // 100) == 0 and trials >= CHECK_TRIALS:
             trials, looks = 0, looks + 1
     assert looks_before_latest(config, budget) == pytest.approx(looks, abs=1)
+
+
+@pytest.mark.parametrize("train", [{"parallel": "fsdp"}, {"parallel": "hybrid", "shard_size": 3}, {"shard_size": 2}])
+def test_sharding_that_one_process_cannot_do_is_told(train: dict[str, Any]) -> None:
+    (sentence,) = told({"objective": "none"}, **train)
+    assert "does nothing" in sentence
+
+
+def test_sharding_by_several_is_passed_over_in_silence() -> None:
+    config = RunConfig.model_validate(
+        {"align": {"objective": "none"}, "train": {"parallel": "hybrid", "shard_size": 2}}
+    )
+    assert list(idle_settings(config, World(size=4))) == []
+
+
+def test_the_passes_of_one_process_are_told() -> None:
+    assert describe_share(share(64, 16, 1), ALONE) == "A step's 64 images are taken in 4 passes of 16."
