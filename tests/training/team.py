@@ -187,3 +187,27 @@ def wait_for_silence() -> tuple[str, float]:
         return f"{type(error).__name__}: {error}", time.monotonic() - begin
     finally:
         stop.SIGNAL_TIMEOUT = patience
+
+
+def count_reductions(config: dict[str, Any], folder: Path) -> list[int]:
+    """Train, and return how often tensors of several processes were added up in each step but the first and last."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from vrpo.config_load import validate
+    from vrpo.processes import connect
+    from vrpo.training.trainer import Trainer
+
+    counts: list[int] = []
+    with connect() as world:
+        run = Trainer(validate(config, "the test"), folder, say=lambda sentence: None, world=world)
+        step = run._train_step
+
+        def counted(batch: Any) -> None:
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                step(batch)
+            names = [event.name for event in profiler.events()]
+            counts.append(sum(name.startswith(("gloo:all_reduce", "gloo:reduce_scatter")) for name in names))
+
+        run._train_step = counted  # type: ignore[method-assign]
+        run.train()
+    return counts[1:-1]

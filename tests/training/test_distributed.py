@@ -194,3 +194,35 @@ def test_a_process_that_does_not_answer_is_waited_for_so_long_and_no_longer(team
     assert told.startswith("ProcessError: process 0 of 2 has waited in vain for another one, which hangs (")
     assert seconds >= 1
     assert silent == "silent"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_recomputed_activations_leave_the_curve_as_it_is(
+    parallel: str, team: Team, make_config: Any, tmp_path: Path
+) -> None:
+    for recompute in (False, True):
+        config = make_config(
+            model={"checkpoint_blocks": recompute},
+            align={"objective": "vrpo", "vrpo": {"warmup": 0.2}},
+            train={"images": 48, "parallel": parallel, "micro_batch": 2},
+        )
+        team.run(2, team_module.train, config.model_dump(mode="json"), tmp_path / str(recompute))
+    assert_same_curve(tmp_path / "False", tmp_path / "True")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_gradients_meet_once_a_step_however_many_passes(
+    parallel: str, team: Team, make_config: Any, tmp_path: Path
+) -> None:
+    sent = {}
+    for micro in (4, 1):
+        config = make_config(
+            align={"objective": "repa"},
+            train={"images": 40, "parallel": parallel, "micro_batch": micro, "log_every": 40},
+        )
+        values = config.model_dump(mode="json")
+        sent[micro], _ = team.run(2, team_module.count_reductions, values, tmp_path / str(micro))
+    # One for each bucket or sharded unit of the trunk, one for the objective, in every step.
+    assert sent[4] == sent[1]
+    assert len(set(sent[1])) == 1
+    assert sent[1][0] >= 2

@@ -105,7 +105,9 @@ def launch(launcher: list[str], words: list[str]) -> subprocess.CompletedProcess
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=SOON, check=False)
 
 
-def test_torchrun_restarts_after_a_loss_to_the_same_weights(words: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.soak)])
+def test_torchrun_restarts_after_a_loss_to_the_same_weights(parallel: str, words: list[str], tmp_path: Path) -> None:
+    words = [*words, "--train.parallel", parallel]
     torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     lost = launch([*torchrun, "--max-restarts", "1"], [*words, "--out", str(tmp_path / "lost"), "--resume"])
     assert lost.returncode == 0, lost.stderr
