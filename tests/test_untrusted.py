@@ -118,5 +118,15 @@ def test_every_flipped_bit_of_sealed_text_is_seen() -> None:
         assert read == {"train": {"lr": 0.001}}, changed
 
 
+def test_sealed_text_that_was_cut_anywhere_is_seen() -> None:
+    sealed = seal_text("name: run\nseed: 0\ntrain:\n  lr: 0.001\n")
+    for length in range(1, len(sealed)):
+        try:
+            read = parse_yaml(unseal_text(sealed[:length]))
+        except ValueError:
+            continue
+        assert read is None, sealed[:length]  # within the first line, of which nothing is read
+
+
 def test_control_characters_are_escaped() -> None:
     assert printable("cat\x1b[2J\x07 é\n") == "cat\\x1b[2J\\x07 é\n"

@@ -21,6 +21,7 @@ MAX_DEPTH = 64
 SEAL = "seal"
 _SEAL_LINE = re.compile(r"^# seal ([0-9a-f]{64})\n\Z", re.MULTILINE)
 _SEAL_LIKE = re.compile(r"[0-9a-f]{64}\s*\Z")
+_SEALED = "# The last line is the SHA-256 of those above.\n"
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -134,7 +135,11 @@ def _digest(record: Mapping[str, Any]) -> str:
 
 
 def seal_text(text: str) -> str:
-    """Return text with a last line, a comment to YAML, that holds the SHA-256 of the lines above."""
+    """Return text with a last line that holds the SHA-256 of the lines above, and a first one that says so.
+
+    Both are comments to YAML. The first one tells text that was cut from text that never had a seal.
+    """
+    text = _SEALED + text
     return f"{text}# {SEAL} {hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
@@ -148,11 +153,13 @@ def unseal_text(text: str) -> str:
     if found is None:
         if _SEAL_LIKE.search(text):
             raise ValueError("its seal is damaged")
+        if text.startswith(_SEALED):
+            raise ValueError("its end is missing")
         return text
     content = text[: found.start()]
     if hashlib.sha256(content.encode()).hexdigest() != found.group(1):
         raise ValueError("its content differs from its seal")
-    return content
+    return content.removeprefix(_SEALED)
 
 
 def printable(text: str) -> str:
