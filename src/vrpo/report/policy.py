@@ -80,6 +80,11 @@ def _gate(runs: Sequence[Run]) -> str | None:
     lowest = int(np.nanargmin(by_time))
     if by_time[lowest] > 0.995:
         return "Alignment never disagreed with denoising by enough to be turned down."
+    if by_time[lowest] >= 0.95:
+        return (
+            f"Alignment was hardly turned down: it kept {by_time[lowest]:.0%} at times "
+            f"{_interval(lowest, len(by_time))}, and more at all others."
+        )
     return (
         f"Alignment was turned down to {np.nanmean(by_time):.0%} on average, most at times "
         f"{_interval(lowest, len(by_time))}, where it kept {by_time[lowest]:.0%}."
