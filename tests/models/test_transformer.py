@@ -217,7 +217,8 @@ def test_the_next_block_reads_what_a_tap_returns() -> None:
     fixed = torch.randn(2, 16, 32)
     output = model(x, t, labels, taps=Taps({2: lambda h: fixed}))
     assert torch.equal(model(x + 1, t, labels, taps=Taps({2: lambda h: fixed})), output)
-    assert not torch.allclose(model(x, t, labels, taps=Taps({2: lambda h: fixed + 1})), output)
+    # Not a shift: the norms above would take it out.
+    assert not torch.allclose(model(x, t, labels, taps=Taps({2: lambda h: fixed.flip(-1)})), output, atol=1e-2)
 
 
 def test_checkpointing_gives_identical_gradients_and_calls_taps_once() -> None:
